@@ -1,0 +1,1 @@
+"""The main job in five minutes, without a download."""

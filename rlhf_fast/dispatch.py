@@ -1,0 +1,156 @@
+"""The one place that decides which implementation of an op runs.
+
+PyTorch's own dispatcher makes the choice, by the device of the tensors. An op called ``gae`` is served by the first of
+these that this machine has:
+
+    CPU     ``_cpu.gae``    (csrc/cpu/gae.cpp)
+    CUDA    ``_cuda.gae``   (kernels/cuda/gae.cu), then ``triton_kernels.gae.gae`` (kernels/triton/gae.py)
+    any     the reference, written in plain PyTorch beside the op (rlhf_fast/ops/gae.py)
+
+Calling convention of every kernel: the arguments of the op's schema in their order, then its outputs, already
+allocated. A Triton kernel gets tensors; a compiled one gets ``(address, dtype code, shape, strides)`` for each tensor,
+``None`` for an absent one, and on CUDA the device index and the stream at the end.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("rlhf_fast", "DEF")
+#: op → implementation ("reference", "cpp", "cuda", "triton") → a function with the arguments of the op's schema.
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
+#: op → implementation → why this machine does not have it.
+ABSENT: dict[str, dict[str, str]] = {}
+#: Device → the kernels that serve it, best first.
+PREFERENCE = {"CPU": ("cpp",), "CUDA": ("cuda", "triton")}
+#: The dtype codes of csrc/ops.h.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bool: 6,
+    torch.int8: 7,
+}
+
+
+def define(
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Callable:
+    """Declare the op of ``schema``, bind its kernels and return it as a function.
+
+    ``fake`` returns empty outputs of the right shape, dtype and device; it serves tracing and allocates for the
+    kernels. ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``; without them a
+    gradient that reaches the op raises, for an output that looks differentiable and is not is worse. In the schema all
+    tensors come first (their device decides, and PyTorch differentiates no keyword-only tensor), then the numbers.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"rlhf_fast::{name}", backward or _no_backward(name), setup_context=setup_context, lib=LIBRARY
+    )
+    op = getattr(torch.ops.rlhf_fast, name).default
+    IMPLEMENTATIONS[name], ABSENT[name] = {"reference": reference}, {}
+    for implementation, find in FINDERS.items():
+        kernel = find(name)
+        if isinstance(kernel, str):
+            ABSENT[name][implementation] = kernel
+        else:
+            IMPLEMENTATIONS[name][implementation] = bind(op, fake, kernel, compiled=implementation != "triton")
+    for device, candidates in PREFERENCE.items():
+        best = next((IMPLEMENTATIONS[name][c] for c in candidates if c in IMPLEMENTATIONS[name]), None)
+        if best is not None:
+            LIBRARY.impl(name, best, device)
+    return op
+
+
+def bind(op: Any, fake: Callable, kernel: Callable, *, compiled: bool) -> Callable:
+    """Turn ``kernel``, which fills outputs, into a function with the arguments of ``op`` that returns them."""
+    parameters = [(a.name, a.default_value) for a in op._schema.arguments]
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        outputs = fake(*args, **kwargs)
+        given = [*args, *(kwargs.get(name, default) for name, default in parameters[len(args) :])]
+        given += outputs if isinstance(outputs, tuple) else (outputs,)
+        if not compiled:
+            kernel(*given)
+            return outputs
+        views = [_view(a) if isinstance(a, Tensor) else a for a in given]
+        device = args[0].device
+        if device.type == "cuda":
+            kernel(*views, device.index, torch.cuda.current_stream(device).cuda_stream)
+        else:
+            kernel(*views)
+        return outputs
+
+    return launch
+
+
+def serving(op: str, device: str) -> str:
+    """The name of the implementation that serves ``op`` on ``device`` ("CPU" or "CUDA")."""
+    return next((c for c in PREFERENCE[device] if c in IMPLEMENTATIONS[op]), "reference")
+
+
+def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _no_backward(name: str) -> Callable:
+    def backward(*_: Any) -> Any:
+        raise NotImplementedError(f"{name} has no derivative: detach its inputs or do not differentiate twice")
+
+    return backward
+
+
+def extension(name: str) -> ModuleType | str:
+    """The compiled module ``_cpu`` or ``_cuda``, or the sentence that says why there is none."""
+    if find_spec(f"rlhf_fast.{name}") is None:
+        return f"rlhf_fast.{name} was not built"
+    return import_module(f"rlhf_fast.{name}")
+
+
+def _compiled(module: str) -> Callable[[str], Callable | str]:
+    def find(op: str) -> Callable | str:
+        found = extension(module)
+        if isinstance(found, str):
+            return found
+        return getattr(found, op, f"rlhf_fast.{module} has no {op}")
+
+    return find
+
+
+def _triton(op: str) -> Callable | str:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    package = "rlhf_fast.triton_kernels"
+    if find_spec(package) is None or find_spec(f"{package}.{op}") is None:
+        return f"{package} has no {op}"
+
+    def kernel(*args: Any) -> None:
+        # Imported at the first call: importing triton costs more than importing this whole package.
+        getattr(import_module(f"{package}.{op}"), op)(*args)
+
+    return kernel
+
+
+FINDERS: dict[str, Callable[[str], Callable | str]] = {
+    "cpp": _compiled("_cpu"),
+    "cuda": _compiled("_cuda"),
+    "triton": _triton,
+}
+assert sys.byteorder == "little"

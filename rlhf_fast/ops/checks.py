@@ -1,0 +1,41 @@
+"""What every public op checks about its tensors: errors that name the op, the argument, the rule and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    shape: torch.Size | tuple[int, ...] | None = None,
+    rule: str = "",
+    device: torch.device | None = None,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a tensor of one of ``dtypes``, ``shape`` and ``device``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} must be {allowed}, got {str(value.dtype).removeprefix('torch.')}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{op}: {name} must be {rule}, got {list(value.shape)} instead of {list(shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {value.device}")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_range(op: str, name: str, value: float, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless ``low <= value <= high`` (NaN is outside of every range)."""
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low:g} and {high:g}, got {value}")

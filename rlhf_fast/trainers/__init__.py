@@ -1,0 +1,1 @@
+"""Trainers: each an algorithm on one page."""
