@@ -21,7 +21,9 @@ struct View {
   int64_t stride[max_dims] = {};
 
   template <class T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
   explicit operator bool() const { return data != nullptr; }
 };
 

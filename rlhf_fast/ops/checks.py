@@ -39,3 +39,11 @@ def check_range(op: str, name: str, value: float, low: float, high: float) -> No
     """Raise ``ValueError`` unless ``low <= value <= high`` (NaN is outside of every range)."""
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must be between {low:g} and {high:g}, got {value}")
+
+
+def check_offsets(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise ``ValueError`` unless the offsets rise from 0 to ``tokens``; only on the CPU, where looking costs no sync."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"{op}: cu_seqlens must rise from 0 to N = {tokens}, got {cu_seqlens.tolist()}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.dispatch import define
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_range, check_tensor
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_offsets, check_range, check_tensor
 
 HOLES = ("skip", "zero")
 
@@ -82,6 +82,8 @@ def reference(
     holes: str = "skip",
 ) -> tuple[Tensor, Tensor]:
     """The scan by doubling: log2(T) vector steps, each of which merges two neighbouring spans of every token."""
+    if cu_seqlens is not None:
+        check_offsets("gae", cu_seqlens, mask.shape[0])
     if mask.numel() == 0:
         return torch.zeros_like(rewards), torch.zeros_like(rewards)
     tokens = mask.shape[-1]
@@ -94,7 +96,7 @@ def reference(
     last = v.new_zeros(()) if last_values is None else last_values[sequence]
     v_next = torch.where(has_next, v.gather(-1, following.clamp(max=tokens - 1).expand_as(v)), last)
     # A_t = a_t * A_{t+1} + b_t. Where a_t is 0 the next token is not read at all: 0 * inf would leak.
-    a = torch.where(has_next, gamma * lam, 0.0).to(v.dtype)
+    a = has_next.to(v.dtype) * (gamma * lam)
     b = r + gamma * v_next - v
     if holes == "skip":
         a, b = torch.where(mask, a, 1), torch.where(mask, b, 0)
@@ -164,7 +166,7 @@ def _next_valid(mask: Tensor, position: Tensor) -> Tensor:
     return torch.nn.functional.pad(at_or_after[..., 1:], (0, min(tokens, 1)), value=tokens)
 
 
-def _fake(rewards: Tensor, values: Tensor, mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+def _fake(rewards: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 

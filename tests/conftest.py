@@ -1,0 +1,54 @@
+"""What all tests share: where each implementation of an op can run on this machine."""
+
+import os
+from pathlib import Path
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Triton reads this when it is imported: without a GPU its kernels run in the interpreter, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import rlhf_fast.ops  # noqa: E402, F401
+from rlhf_fast import dispatch  # noqa: E402
+
+CUDA_SOURCES = Path(__file__).parent.parent / "kernels" / "cuda"
+
+
+def forms(op: str) -> list[tuple[str, str]]:
+    """(implementation, device) for every form of ``op`` that can run here; "simt" is the CUDA source on the CPU."""
+    found = [("reference", "cpu")]
+    if "cpp" in dispatch.IMPLEMENTATIONS[op]:
+        found.append(("cpp", "cpu"))
+    if (CUDA_SOURCES / f"{op}.cu").exists():
+        found.append(("simt", "cpu"))
+    if "triton" in dispatch.IMPLEMENTATIONS[op]:
+        found.append(("triton", "cuda" if GPU else "cpu"))
+    if GPU:
+        found += [(name, "cuda") for name in ("reference", "cuda") if name in dispatch.IMPLEMENTATIONS[op]]
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """In tests/ops/test_<op>.py a test that takes ``run`` and ``device`` runs once per form of that op."""
+    if {"run", "device"} <= set(metafunc.fixturenames):
+        op = Path(metafunc.module.__file__).stem.removeprefix("test_")
+        cases = [((op, name), device) for name, device in forms(op)]
+        ids = [f"{name}-{device}" for name, device in forms(op)]
+        metafunc.parametrize(("run", "device"), cases, ids=ids, indirect=["run"])
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Callable:
+    """One implementation: a function with the arguments of the op's schema."""
+    op, name = request.param
+    if name == "simt":
+        from simt.build import simt_implementation
+
+        return simt_implementation(op)
+    return dispatch.IMPLEMENTATIONS[op][name]
