@@ -1,0 +1,96 @@
+"""Reading a model or tokenizer from a folder or the Hub: what is wrong with a path is said in one sentence.
+
+Pickled weights are refused: unpickling runs whatever code the file holds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether ``source`` means a folder rather than a Hub id: it exists, or looks like a path, or its parent exists."""
+    path = Path(source)
+    looks = str(source).startswith((".", "/", "~")) or len(path.parts) > 2 or isinstance(source, Path)
+    return looks or path.exists() or (len(path.parts) == 2 and path.parent.is_dir())
+
+
+def read(reader: Any, source: str | Path, **options: Any) -> Any:
+    """``reader.from_pretrained(source)``, which stays off the network for a local ``source``.
+
+    Raises ``ValueError`` with the first line of what transformers says, after the name of ``source``.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # its load report would bury the sentence
+    try:
+        return reader.from_pretrained(str(Path(source).expanduser()), local_files_only=is_local(source), **options)
+    except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    finally:
+        logging.set_verbosity(before)
+    raise ValueError(f"{source} {'cannot be loaded' if is_local(source) else 'is no folder here'}: {reason}")
+
+
+def read_config(source: str | Path) -> Any:
+    """The configuration of the model at ``source``. Raises ``ValueError`` in one sentence if there is none."""
+    from transformers import AutoConfig
+
+    if is_local(source):
+        check_folder(source)
+    return read(AutoConfig, source)
+
+
+def read_model(model_class: Any, source: str | Path, *, dtype: torch.dtype | str) -> Any:
+    """The model of ``model_class`` at ``source``, from safetensors.
+
+    Raises ``ValueError`` if weights are missing: transformers fills them with random numbers and goes on.
+    """
+    model, report = read(model_class, source, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}"
+        )
+    return model
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer at ``source``. Raises ``ValueError`` in one sentence if there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source).expanduser()
+    if is_local(source):
+        if not folder.is_dir():
+            raise ValueError(f"{source} holds no tokenizer: there is no such folder")
+        if not any(file for pattern in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(pattern)):
+            raise ValueError(f"{source} holds no tokenizer: tokenizer.json is missing")
+    return read(AutoTokenizer, source)
+
+
+def check_folder(source: str | Path) -> None:
+    """Raise ``ValueError`` unless the folder ``source`` holds a whole model with its weights in safetensors."""
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        raise ValueError(f"{source} holds no model: there is no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{source} holds no model: it is a file, not a folder")
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"{source} holds an adapter, not a whole model: merge it into its model and save that")
+        raise ValueError(f"{source} holds no model: config.json is missing")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{source} holds its weights only as pickle ({pickles[0]}), which can run code when it is read: "
+            "convert them to safetensors first"
+        )
+    raise ValueError(f"{source} holds no model: there is no .safetensors file")
