@@ -1,0 +1,232 @@
+"""The command line: ``rlhf-fast {sft,reward,ppo,generate,doctor,demo}``."""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.flags import Parser, Sources, settings, suggestion
+from rlhf_fast.trainers.options import option, validate
+
+COMMANDS = {
+    "sft": "teach a language model from demonstrations",
+    "reward": "train a reward model from pairs of answers",
+    "ppo": "optimise a reward with PPO",
+    "generate": "write responses to prompts",
+    "doctor": "show which implementation serves each op, and the versions",
+    "demo": "the three stages on a made-up language, with a report",
+}
+MODEL = "a folder or a Hub id"
+FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
+#: command → what it works on.
+SOURCES: dict[str, Sources] = {
+    "sft": {
+        "model": (f"the model to start from: {MODEL}", ...),
+        "data": (f"demonstrations: {FILES}; text, prompt and response, or messages", ...),
+        "eval_data": ("held-out demonstrations", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/sft"),
+    },
+    "reward": {
+        "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
+        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
+        "eval_data": ("held-out pairs", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/reward"),
+    },
+    "ppo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "prompts": (f"prompts: {FILES}", ...),
+        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
+        "critic": (f"the model that the critic starts from: {MODEL}", None),
+        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/ppo"),
+    },
+    "generate": {
+        "model": (f"the model that writes: {MODEL}", ...),
+        "prompts": (f"prompts: {FILES}, beside those on the command line", None),
+        "output": ("a new .jsonl file for prompts and responses, instead of the terminal", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+    },
+    "demo": {},
+}
+EXTRAS = (
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "yaml",
+    "tqdm",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Every number of ``generate``."""
+
+    max_new_tokens: int = option(128, "longest response in tokens", low=1)
+    temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token", low=0.0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
+    top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
+    min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", low=0.0, high=1.0)
+    batch_size: int = option(32, "prompts at a time", low=1)
+    seed: int | None = option(None, "of the responses; a new one each time if absent", low=0)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    argv = [re.sub(r"^--[\w-]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", a) for a in argv if a != "--debug"]
+    name = next(iter(argv), "--help")
+    try:
+        if name in ("-h", "--help"):
+            print(overview())
+            return 0
+        if name == "--version":
+            from rlhf_fast import __version__
+
+            print(f"rlhf_fast {__version__}")
+            return 0
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}{suggestion(name, COMMANDS)}; rlhf-fast --help lists them")
+        run_command(name, argv[1:])
+    except KeyboardInterrupt:
+        print("rlhf-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, IndexError, OSError, ImportError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"rlhf-fast: {sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    """What ``rlhf-fast --help`` prints."""
+    lines = ["usage: rlhf-fast COMMAND [--config file.yaml] [--flag value ...] [--debug]", ""]
+    lines += [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join([*lines, "", "rlhf-fast COMMAND --help lists the flags of a command."])
+
+
+def sentence(error: BaseException) -> str:
+    """``error`` in one line."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXTRAS:
+        return f"{error.name} is not installed: pip install 'rlhf-fast[train]'"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_command(name: str, argv: list[str]) -> None:
+    """Parse the flags of command ``name`` and run it."""
+    if name == "doctor":
+        Parser(prog="rlhf-fast doctor", description=COMMANDS[name], allow_abbrev=False).parse_args(argv)
+        print(doctor())
+        return
+    sources, config, words = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
+    if name == "generate":
+        generate(sources, config, words)
+    elif name == "demo":
+        importlib.import_module("rlhf_fast.demo").run_demo(config)
+    else:
+        trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
+        if name == "ppo":
+            sources["reward"] = reward_function(sources["reward"])
+        trainer(sources.pop("model"), **sources, config=config).train()
+
+
+TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer"}
+
+
+def config_class(name: str) -> type:
+    """The config dataclass of command ``name``; only its own module is imported."""
+    if name == "generate":
+        return GenerateConfig
+    if name == "demo":
+        return importlib.import_module("rlhf_fast.demo").DemoConfig  # type: ignore[no-any-return]
+    module = importlib.import_module(f"rlhf_fast.trainers.{name}")
+    return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
+
+
+def reward_function(text: str) -> Any:
+    """The function that ``package.module:function`` or ``file.py:function`` names, or ``text`` itself: a model."""
+    match = re.fullmatch(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_]\w*)", text)
+    if match is None or Path(text).exists():
+        return text
+    place, name = match.groups()
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise ValueError(f"{text}: there is no file {place}")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, str(Path.cwd()))
+        module = importlib.import_module(place)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{text}: {place} has no function {name}")
+    return getattr(module, name)
+
+
+def generate(sources: dict[str, Any], config: GenerateConfig, words: list[str]) -> None:
+    """Write responses to the prompts of the command line and of the file."""
+    from rlhf_fast import data
+    from rlhf_fast.generate import generate as write
+
+    prompts = list(words)
+    if sources["prompts"] is not None:
+        prompts += [record["prompt"] for record in data.read_records(sources["prompts"])]
+    if not prompts:
+        raise ValueError("generate needs a prompt, on the command line or in --prompts")
+    if sources["output"] is not None and Path(sources["output"]).exists():
+        raise ValueError(f"{sources['output']} exists already: choose another --output")
+    texts = write(sources["model"], prompts, tokenizer=sources["tokenizer"], **dataclasses.asdict(config))
+    lines = [json.dumps({"prompt": p, "response": t}, ensure_ascii=False) for p, t in zip(prompts, texts, strict=True)]
+    if sources["output"] is None:
+        print("\n".join(texts))
+    else:
+        Path(sources["output"]).write_text("\n".join(lines) + "\n")
+
+
+def doctor() -> str:
+    """Versions, and op × device → the implementation that serves it and why the others do not."""
+    from rlhf_fast import dispatch, ops  # noqa: F401 (importing the ops declares them)
+    from rlhf_fast.trainers.run import versions
+
+    cuda = dispatch.extension("_cuda")
+    rows = [("op", "device", "served by", "refused")]
+    for op in (name for name in dispatch.IMPLEMENTATIONS if not name.endswith("_backward")):
+        for device, candidates in dispatch.PREFERENCE.items():
+            chosen = dispatch.serving(op, device)
+            why = [f"{c}: {dispatch.ABSENT[op][c]}" for c in candidates if c in dispatch.ABSENT[op]]
+            why += [
+                f"{c}: {chosen} comes first" for c in candidates if c in dispatch.IMPLEMENTATIONS[op] and c != chosen
+            ]
+            note = " (unmeasured)" if device == "CUDA" and chosen != "reference" else ""
+            rows.append((op, device, chosen + note, "; ".join(why)))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    ]
+    built = cuda if isinstance(cuda, str) else f"built with CUDA {cuda.toolkit}, sees {cuda.device_count()} device(s)"
+    facts = [*(f"{package} {found}" for package, found in versions().items()), f"CUDA extension: {built}"]
+    return "\n".join([*facts, "", *table])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The one record that flows through an online trainer."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    """What the policy wrote to ``B`` prompts, and what the other models think of it.
+
+    Prompts are padded to the left, responses to the right, so that column ``P - 1`` of ``ids`` is the last token of
+    every prompt. The value of a response token is that of the state before it is drawn.
+    """
+
+    prompts: list[str]  # [B], as the reward sees them
+    texts: list[str]  # [B], the responses without special tokens
+    columns: dict[str, list[Any]]  # the other columns of the prompts, [B] each
+    prompt_ids: Tensor  # [B, P], int64
+    prompt_mask: Tensor  # [B, P], bool
+    responses: Tensor  # [B, T], int64
+    mask: Tensor  # [B, T], bool, True up to and including the stop token
+    ended: Tensor  # [B], bool, a stop token was drawn
+    old_logprobs: Tensor  # [B, T], nats, under the policy that drew them, at the sampling temperature
+    ref_logprobs: Tensor  # [B, T], nats, under the frozen reference
+    values: Tensor  # [B, T], in units of reward
+    scores: Tensor | None = None  # [B] or [B, T], from the reward
+
+    @property
+    def ids(self) -> Tensor:
+        """``[B, P + T]``: each prompt and its response."""
+        return torch.cat([self.prompt_ids, self.responses], 1)
+
+    @property
+    def attention(self) -> Tensor:
+        """``[B, P + T]`` bool: the tokens of ``ids`` that are there."""
+        return torch.cat([self.prompt_mask, self.mask], 1)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU."""
+        at, picked = rows.to(self.mask.device), rows.tolist()
+        chosen: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                chosen[field.name] = value[at]
+            elif isinstance(value, list):
+                chosen[field.name] = [value[row] for row in picked]
+        chosen["columns"] = {name: [column[row] for row in picked] for name, column in self.columns.items()}
+        return Rollout(**chosen)

@@ -1,0 +1,69 @@
+"""What every trainer does with its weights: place them, and take one checked step of AdamW."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16")
+
+
+def accelerator() -> Any:
+    """Accelerate's view of this process: its device, its backward and its clipping.
+
+    Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
+    float32 and can be chosen once per process only.
+    """
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision="no")
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context in which models run: weights stay float32, products are bfloat16 if ``precision`` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def trainable(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight."""
+    return model.to(device=device, dtype=torch.float32).train()
+
+
+def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over ``(model, learning rate)`` groups; biases and norms do not decay."""
+    parameters = []
+    for model, rate in groups:
+        learned = [p for p in model.parameters() if p.requires_grad]
+        parameters.append({"params": [p for p in learned if p.dim() > 1], "lr": rate, "weight_decay": weight_decay})
+        parameters.append({"params": [p for p in learned if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
+    parameters = [group | {"peak": group["lr"]} for group in parameters if group["params"]]
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, schedule: str, step: int, total: int, warmup_ratio: float) -> float:
+    """Set the rate of ``step`` (from 0) of ``total``: a linear rise, then the schedule; returns the first group's."""
+    step, warmup = min(step, total - 1), warmup_ratio * total
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
+    else:
+        progress = (step - warmup) / max(total - warmup, 1)
+        decays = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        factor = decays[schedule]
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -> Tensor:
+    """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that."""
+    return torch.stack([accelerator.clip_grad_norm_(model.parameters(), max_norm).float() for model in models])
+
+
+def check_finite(optimizer: torch.optim.Optimizer, loss: float, norms: list[float]) -> None:
+    """Raise ``FloatingPointError`` and drop the gradient unless the loss and every norm are finite."""
+    for name, value in (("loss", loss), *(("gradient norm", norm) for norm in norms)):
+        if not math.isfinite(value):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"{name} is {value}")

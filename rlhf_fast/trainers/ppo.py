@@ -1,0 +1,313 @@
+"""PPO for language models: four models, KL-shaped token rewards, GAE, clipped policy and value loss.
+
+Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022; Huang et al., "The N implementation details of RLHF with
+PPO".
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast import data, models, ops
+from rlhf_fast.generate import decode, stop_tokens
+from rlhf_fast.losses import AdaptiveKL, kl_estimate
+from rlhf_fast.rewards import check_scores, load_reward, shape_rewards
+from rlhf_fast.rollout import Rollout
+from rlhf_fast.trainers import learning
+from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.run import Run, check_folder, drive, save_state, stream
+
+PROMPTS, SEEDS, MINIBATCHES = 0, 1, 2  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Every number of PPO."""
+
+    steps: int = option(200, "PPO steps: each writes and learns from one batch of responses", low=1)
+    batch_size: int = option(64, "prompts, and so responses, per step", low=1)
+    minibatch_size: int = option(16, "responses per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "responses per forward pass, a matter of memory only", low=1)
+    ppo_epochs: int = option(4, "passes over each batch", low=1)
+    learning_rate: float = option(3e-6, "peak learning rate of the policy", low=0.0)
+    critic_learning_rate: float | None = option(None, "peak learning rate of the critic; the policy's if absent", low=0)
+    schedule: str = option("linear", "the learning rate after the warm-up", choices=learning.SCHEDULES)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
+    max_grad_norm: float = option(1.0, "norm to which each model's gradient is clipped", above=0.0)
+    gamma: float = option(1.0, "discount per token", low=0.0, high=1.0)
+    lam: float = option(0.95, "GAE's exponential weight", low=0.0, high=1.0)
+    whiten_advantages: bool = option(True, "give the advantages of a batch mean 0 and variance 1")
+    whiten_rewards: bool = option(False, "give the token rewards of a batch variance 1, keeping their mean")
+    cliprange: float = option(0.2, "how far the ratio may move from 1 before its gradient stops", above=0.0)
+    cliprange_value: float = option(0.2, "how far a value may move from its old one before its gradient stops", above=0)
+    vf_coef: float = option(0.1, "weight of the value loss", low=0.0)
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0.0)
+    kl_coef: float = option(0.05, "price of a nat of KL from the reference; the first one if kl_target is set", low=0.0)
+    kl: str = option("k1", "estimator of the KL in the token rewards", choices=("k1", "k2", "k3", "abs"))
+    kl_target: float | None = option(None, "sequence KL in nats that an adaptive kl_coef aims at", above=0.0)
+    kl_horizon: float = option(10000.0, "responses over which the adaptive kl_coef moves", above=0.0)
+    stop_kl: float | None = option(None, "approx_kl at which the passes over a batch end early", above=0.0)
+    clip_scores: float | None = option(None, "largest absolute score", above=0.0)
+    missing_eos_penalty: float | None = option(None, "taken from the score of a response that never ends", low=0.0)
+    max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
+    max_new_tokens: int = option(64, "longest response in tokens", low=1)
+    temperature: float = option(1.0, "sampling temperature, and that of every logprob", above=0.0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
+    top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
+    precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0)
+    sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
+    save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
+    keep: int = option(2, "checkpoints that stay on the disk", low=1)
+    quiet: bool = option(False, "no progress bar and no tables")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.minibatch_size > self.batch_size:
+            raise ValueError(
+                f"PPOConfig.minibatch_size must be at most batch_size ({self.batch_size}), got {self.minibatch_size}"
+            )
+
+
+class PPOTrainer:
+    """Policy, frozen reference, critic and reward; four verbs: ``rollout``, ``score``, ``ops.gae``, ``update``.
+
+    Args:
+        model: the policy to train: a path, a Hub id or a causal LM.
+        reward: a path or module with a scalar head, or ``callable(prompts, responses, **columns)`` that returns one
+            score per response, ``[B]``, or one per token, ``[B, T]``.
+        prompts: a path, a list of dicts or a ``datasets.Dataset`` with the column ``prompt``; the others reach the
+            reward.
+        output_dir: the folder of the run; nothing is written without it.
+        config: a ``PPOConfig``.
+        tokenizer: the policy's, needed if ``model`` is a module.
+        reference: what the KL is taken from: a path or module; a frozen copy of the policy as it is now if absent.
+        critic: a path or module (a causal LM or a model with a scalar head); the reward model's weights if there is
+            one, else the policy's with a head of zeros, if absent.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        reward: Any,
+        prompts: Any,
+        output_dir: str | Path | None = None,
+        config: PPOConfig | None = None,
+        tokenizer: Any = None,
+        reference: Any = None,
+        critic: Any = None,
+    ) -> None:
+        check_folder(output_dir)
+        c = self.config = config or PPOConfig()
+        self.output_dir = output_dir
+        self.accelerator = learning.accelerator()
+        device = self.device = self.accelerator.device
+        self.tokenizer = models.load_tokenizer(model, tokenizer)
+        policy = models.load_policy(model)
+        limit = models.context_length(policy)
+        room = c.max_prompt_length if limit is None else min(c.max_prompt_length or limit, limit - c.max_new_tokens)
+        self.prompts = data.prompt_examples(data.read_records(prompts), self.tokenizer, max_length=room)
+        self.policy = learning.trainable(policy, device)
+        self.reference = models.frozen_copy(models.load_policy(reference) if reference else self.policy).to(device)
+        self.critic = learning.trainable(self._load_critic(critic, reward), device)
+        self.reward = load_reward(reward, self.tokenizer)
+        self.stop_ids = stop_tokens(self.policy, self.tokenizer)
+        critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
+        groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
+        self.optimizer = learning.adamw(groups, c.weight_decay)
+        self.kl_control = AdaptiveKL(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None
+        self.kl_coef = c.kl_coef
+        self.done = self.updates = 0  # PPO steps, optimizer steps
+        self.samples: list[dict[str, Any]] = []
+
+    def train(self) -> dict[str, float]:
+        """Run every step and leave the policy in ``output_dir``; returns the last metrics."""
+        c = self.config
+        run = Run("ppo", self.output_dir, c, keep=c.keep, quiet=c.quiet)
+        return drive(self, run, total=c.steps, save_every=c.save_every, live=("scores", "kl", "loss"))
+
+    def batches(self) -> Iterator[list[Any]]:
+        """``steps`` batches of prompts: one shuffled pass after the other."""
+        c, waiting, epoch = self.config, [], 0
+        for _ in range(c.steps):
+            while len(waiting) < c.batch_size:
+                waiting += torch.randperm(len(self.prompts), generator=stream(c.seed, PROMPTS, epoch)).tolist()
+                epoch += 1
+            yield [self.prompts[i] for i in waiting[: c.batch_size]]
+            waiting = waiting[c.batch_size :]
+
+    def step(self, batch: list[Any]) -> dict[str, float]:
+        """One PPO step on the prompts of ``batch``; returns its statistics."""
+        c = self.config
+        rate = learning.set_rate(self.optimizer, c.schedule, self.done, c.steps, c.warmup_ratio)
+        rollout = self.rollout(batch)
+        rewards = self.score(rollout)
+        advantages, returns = ops.gae(rewards, rollout.values, rollout.mask, gamma=c.gamma, lam=c.lam)
+        if c.whiten_advantages:
+            advantages = ops.whiten(advantages, rollout.mask)
+        before = self.describe(rollout, rewards, returns)
+        stats = self.update(rollout, advantages, returns) | before | {"kl_coef": self.kl_coef, "lr": rate}
+        if self.kl_control is not None:
+            self.kl_coef = self.kl_control.update(stats["kl"], len(rollout))
+        self.done += 1
+        return stats
+
+    @torch.no_grad()
+    def rollout(self, batch: list[Any]) -> Rollout:
+        """The policy writes a response to each prompt; policy, reference and critic read it once."""
+        c, device = self.config, self.device
+        prompt_ids, prompt_mask = (
+            x.to(device) for x in data.pad([e["ids"] for e in batch], self.tokenizer.pad_token_id, side="left")
+        )
+        seeds = torch.randint(2**62, (len(batch),), generator=stream(c.seed, SEEDS, self.done))
+        with learning.autocast(device, c.precision):
+            written = decode(
+                self.policy, prompt_ids, prompt_mask, max_new_tokens=c.max_new_tokens, stop_ids=self.stop_ids,
+                pad_id=self.tokenizer.pad_token_id, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                seeds=seeds.to(device),
+            )  # fmt: skip
+        kept = [ids[mask] for ids, mask in zip(written.responses.cpu(), written.mask.cpu(), strict=True)]
+        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        unread = torch.zeros_like(written.logprobs)
+        columns = {name: [e["columns"][name] for e in batch] for name in batch[0]["columns"]}
+        rollout = Rollout(
+            [e["prompt"] for e in batch], texts, columns, prompt_ids, prompt_mask, written.responses, written.mask,
+            written.ended, unread, unread, unread,
+        )  # fmt: skip
+        parts = [rollout.select(rows) for rows in torch.arange(len(batch)).split(self.forward_size)]
+        rollout.old_logprobs = torch.cat([self.read(self.policy, part).logprobs for part in parts])
+        rollout.ref_logprobs = torch.cat([self.read(self.reference, part).logprobs for part in parts])
+        rollout.values = torch.cat([self.value(part) for part in parts])
+        return rollout
+
+    def read(self, model: nn.Module, rollout: Rollout) -> ops.LogprobsOutput:
+        """Logprob and entropy of every response token under ``model``."""
+        with learning.autocast(self.device, self.config.precision):
+            logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
+        return ops.logprobs(
+            logits[:, :-1], rollout.responses, temperature=self.config.temperature, mask=rollout.mask
+        )  # the logits at a token are those of the next one
+
+    def value(self, rollout: Rollout) -> Tensor:
+        """The critic's value ``[B, T]`` of the state before each response token."""
+        with learning.autocast(self.device, self.config.precision):
+            values = models.token_values(self.critic, rollout.ids, rollout.attention)
+        return torch.where(rollout.mask, values[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        """The reward's score less the price of the KL, as one reward per token ``[B, T]``. Keeps ``rollout.scores``."""
+        c = self.config
+        with learning.autocast(self.device, c.precision):
+            scores = self.reward(rollout.prompts, rollout.texts, **rollout.columns)
+        scores = check_scores(scores, len(rollout), rollout.texts).to(self.device)
+        rollout.scores = scores
+        if c.missing_eos_penalty is not None:
+            scores = scores - torch.where(rollout.ended, 0.0, c.missing_eos_penalty)
+        rewards = shape_rewards(
+            scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask,
+            kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores,
+        )  # fmt: skip
+        return ops.whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
+
+    def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """``ppo_epochs`` passes of clipped updates, fewer if the policy has moved by ``stop_kl``."""
+        c, taken = self.config, []
+        for epoch in range(c.ppo_epochs):
+            order = torch.randperm(len(rollout), generator=stream(c.seed, MINIBATCHES, self.done, epoch))
+            for rows in order.split(c.minibatch_size):
+                stats = self.accumulate(rollout, advantages, returns, rows)
+                taken.append(stats)
+                if c.stop_kl is not None and stats["approx_kl"] > c.stop_kl:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return _mean(taken)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.updates += 1
+        return _mean(taken)
+
+    def accumulate(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
+        """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch."""
+        tokens = rollout.mask[rows.to(self.device)].sum()
+        total: dict[str, Tensor] = {}
+        for part in rows.split(self.forward_size):
+            at = part.to(self.device)
+            loss, stats = self.loss(rollout.select(part), advantages[at], returns[at], tokens)
+            self.accelerator.backward(loss)
+            for name, value in {"loss": loss.detach(), **stats}.items():
+                merge = torch.maximum if name == "ratio_max" else torch.add
+                total[name] = merge(total[name], value) if name in total else value
+        norms = learning.clip_gradients(self.accelerator, [self.policy, self.critic], self.config.max_grad_norm)
+        total |= {"grad_norm": norms[0], "critic_grad_norm": norms[1]}
+        numbers = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))  # the only wait for the GPU
+        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"], numbers["critic_grad_norm"]])
+        return numbers
+
+    def loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, tokens: Tensor) -> ops.PPOLossOutput:
+        """Clipped policy and value loss of some sequences of a minibatch that has ``tokens`` valid tokens in all."""
+        c, now = self.config, self.read(self.policy, rollout)
+        return ops.ppo_loss(
+            now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=c.cliprange,
+            values=self.value(rollout), old_values=rollout.values, returns=returns, cliprange_value=c.cliprange_value,
+            vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, denominator=tokens,
+        )  # fmt: skip
+
+    def describe(self, rollout: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, float]:
+        """Statistics of a rollout before the update; keeps a few of its samples."""
+        mask, scores = rollout.mask, rollout.scores
+        per_response = scores if scores.dim() == 1 else torch.where(mask, scores, 0).sum(1)
+        unexplained = ops.masked_variance(returns - rollout.values, mask)
+        stats = {
+            "kl": kl_estimate(rollout.old_logprobs, rollout.ref_logprobs).where(mask, 0).sum(1).mean(),
+            "scores": per_response.mean(),
+            "rewards": rewards.sum(1).mean(),
+            "response_length": mask.sum(1).float().mean(),
+            "ended": rollout.ended.float().mean(),
+            "explained_variance": 1 - unexplained / ops.masked_variance(returns, mask),
+        }
+        few = zip(rollout.prompts[:4], rollout.texts[:4], per_response[:4].tolist(), strict=True)
+        self.samples = [{"prompt": p, "response": r, "score": s} for p, r, s in few]
+        return dict(zip(stats, torch.stack([s.float() for s in stats.values()]).tolist(), strict=True))
+
+    def after(self, step: int, run: Run) -> dict[str, float]:
+        """Show samples where they are due."""
+        if self.config.sample_every and step % self.config.sample_every == 0:
+            run.show_samples(step, self.samples)
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint: policy, critic and the numbers between two steps."""
+        self.save_model(folder)
+        models.save(self.critic, self.tokenizer, folder / "critic")
+        control = None if self.kl_control is None else self.kl_control.state_dict()
+        state = {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef, "kl_control": control}
+        save_state(folder, state)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as ``save_pretrained`` does."""
+        models.save(self.policy, self.tokenizer, folder)
+
+    @property
+    def forward_size(self) -> int:
+        """Responses per forward pass."""
+        return self.config.micro_batch_size or self.config.minibatch_size
+
+    def _load_critic(self, critic: Any, reward: Any) -> nn.Module:
+        """The critic asked for, else the reward model's copy if it reads the policy's tokens, else a new head."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            if critic is not None:
+                return models.load_scalar_model(critic)
+            return models.load_scalar_model(self.policy, zero_head=True)
+
+
+def _mean(taken: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over the minibatches, but the largest ratio."""
+    means = {name: sum(stats[name] for stats in taken) / len(taken) for name in taken[0]}
+    return means | {"ratio_max": max(stats["ratio_max"] for stats in taken)}

@@ -1,0 +1,140 @@
+"""Supervised fine-tuning: cross entropy of the response tokens."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import data, models, ops
+from rlhf_fast.trainers import learning
+from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, save_state
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Every number of supervised fine-tuning."""
+
+    epochs: int = option(1, "passes over the data", low=1)
+    batch_size: int = option(16, "sequences per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "sequences per forward pass, a matter of memory only", low=1)
+    learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
+    schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
+    max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
+    max_length: int | None = option(None, "longest sequence in tokens; the model's context if absent", low=2)
+    precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    seed: int = option(0, "of the order of the data", low=0)
+    eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
+    save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
+    keep: int = option(2, "checkpoints that stay on the disk", low=1)
+    quiet: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class SFTTrainer:
+    """Teach ``model`` the responses of ``data``.
+
+    Args:
+        model: a path, a Hub id or a causal LM.
+        data: a path, a list of dicts or a ``datasets.Dataset`` with ``text``, ``prompt`` and ``response``, or
+            ``messages``.
+        output_dir: the folder of the run; nothing is written without it.
+        config: an ``SFTConfig``.
+        tokenizer: needed if ``model`` is a module.
+        eval_data: like ``data``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        data: Any,
+        output_dir: str | Path | None = None,
+        config: SFTConfig | None = None,
+        tokenizer: Any = None,
+        eval_data: Any = None,
+    ) -> None:
+        check_folder(output_dir)
+        self.config, self.output_dir = config or SFTConfig(), output_dir
+        self.tokenizer = models.load_tokenizer(model, tokenizer)
+        policy = models.load_policy(model)
+        self.max_length = self.config.max_length or models.context_length(policy)
+        self.examples = self._read(data)
+        self.eval_examples = [] if eval_data is None else self._read(eval_data)
+        self.accelerator = learning.accelerator()
+        self.model = learning.trainable(policy, self.accelerator.device)
+        self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
+        self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
+        self.done = self.updates = 0
+
+    def _read(self, source: Any) -> list[Any]:
+        return data.sft_examples(data.read_records(source), self.tokenizer, max_length=self.max_length)
+
+    def train(self) -> dict[str, float]:
+        """Run every step and leave the model in ``output_dir``; returns the last metrics."""
+        c = self.config
+        run = Run("sft", self.output_dir, c, keep=c.keep, quiet=c.quiet)
+        return drive(self, run, total=self.steps, save_every=c.save_every, live=("loss", "eval_loss"))
+
+    def batches(self) -> Iterator[list[Any]]:
+        """The shuffled examples of every epoch in batches."""
+        return epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
+
+    def step(self, batch: list[Any]) -> dict[str, float]:
+        """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
+        c, size = self.config, self.config.micro_batch_size or len(batch)
+        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
+        tokens = sum(sum(example.mask[1:]) for example in batch)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for start in range(0, len(batch), size):
+            part = self.loss(batch[start : start + size]) / max(tokens, 1)
+            self.accelerator.backward(part)
+            loss += part.detach()
+        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
+        loss_value, norm = torch.stack([loss, norms[0]]).tolist()
+        learning.check_finite(self.optimizer, loss_value, [norm])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done, self.updates = self.done + 1, self.updates + 1
+        return {"loss": loss_value, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
+
+    def loss(self, batch: list[Any]) -> Tensor:
+        """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
+        device = self.accelerator.device
+        ids, there = data.pad([example.ids for example in batch], self.tokenizer.pad_token_id)
+        counts, _ = data.pad([example.mask for example in batch], False)
+        ids, there, counts = ids.to(device), there.to(device), counts.to(device, torch.bool)
+        with learning.autocast(device, self.config.precision):
+            logits = models.token_logits(self.model, ids, there)
+        return -ops.logprobs(logits[:, :-1], ids[:, 1:], mask=counts[:, 1:]).logprobs.sum()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss``, the mean over the response tokens of the held-out data."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        parts = [self.eval_examples[i : i + size] for i in range(0, len(self.eval_examples), size)]
+        tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
+        return {"eval_loss": torch.stack([self.loss(part) for part in parts]).sum().item() / max(tokens, 1)}
+
+    def after(self, step: int, run: Run) -> dict[str, float]:
+        """Evaluate where it is due."""
+        every = self.config.eval_every
+        due = step == self.steps or (every and step % every == 0)
+        return self.evaluate() if self.eval_examples and due else {}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        self.save_model(folder)
+        save_state(folder, {"step": self.done, "updates": self.updates})
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model and its tokenizer as ``save_pretrained`` does."""
+        models.save(self.model, self.tokenizer, folder)
