@@ -4,11 +4,13 @@
 #include "view_caster.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 using no_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace rlhf_fast;
   m.attr("toolkit") = RLHF_FAST_CUDA_VERSION;
   m.def("device_count", &cuda::device_count, no_gil());
-  m.def("gae", &cuda::gae, no_gil());
+  m.def("gae", &cuda::gae, "rewards"_a, "values"_a, "mask"_a, "last_values"_a, "cu_seqlens"_a, "gamma"_a, "lam"_a,
+        "holes"_a, "advantages"_a, "returns"_a, "device"_a = 0, "stream"_a = 0, no_gil());
 }

@@ -1,0 +1,216 @@
+"""The CUDA sources, run on the CPU through the SIMT shim, and what the shim itself must find."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from simt import build
+from torch import Tensor
+
+from rlhf_fast import dispatch
+from rlhf_fast.ops.gae import reference
+
+pytestmark = pytest.mark.skipif(build.absence() is not None, reason=str(build.absence()))
+CHUNK = 1024  # tokens per step of a block (kernels/cuda/gae_scan.cuh)
+
+
+@pytest.fixture(scope="module")
+def block_sum() -> ModuleType:
+    return build.build("block_sum", [build.SIMT / "block_sum.cu"])
+
+
+@pytest.fixture(scope="module")
+def gae() -> Callable:
+    return build.simt_implementation("gae")
+
+
+def sums(module: ModuleType, flaw: str, seed: int) -> tuple[list[int], list[int]]:
+    numbers = torch.arange(1, 129 * 3 - 2, dtype=torch.int32)
+    result = torch.zeros(3, dtype=torch.int32)
+    build.set_order(module, seed)
+    getattr(module, flaw)(numbers.data_ptr(), result.data_ptr(), 3)
+    return result.tolist(), numbers.view(3, 128).sum(1).tolist()
+
+
+def test_sound_kernel_is_right_in_every_order(block_sum: ModuleType) -> None:
+    for seed in range(8):
+        got, expected = sums(block_sum, "none", seed)
+        assert got == expected
+
+
+@pytest.mark.parametrize("flaw", ["no_barrier", "half_warp"])
+def test_shim_shows_wrong_numbers(block_sum: ModuleType, flaw: str) -> None:
+    wrong = [got != expected for got, expected in (sums(block_sum, flaw, seed) for seed in range(8))]
+    assert any(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        ("divergent_shuffle", "different warp operations"),
+        ("divergent_barrier", "different barriers"),
+        ("partial_warp", "part of a warp"),
+        ("deep_stack", "stack overflowed"),
+    ],
+)
+def test_shim_refuses(block_sum: ModuleType, flaw: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        sums(block_sum, flaw, 0)
+
+
+def problem(shape: tuple[int, ...], share: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape) + int(100 * share))
+    mask = torch.rand(shape, generator=generator) < share
+    rewards, values = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return {
+        "rewards": rewards.masked_fill(~mask, torch.nan),
+        "values": values.masked_fill(~mask, torch.inf),
+        "mask": mask,
+    }
+
+
+def expect_reference(
+    gae: Callable,
+    arguments: dict[str, Tensor],
+    last: Tensor | None,
+    offsets: Tensor | None,
+    tolerance: float,
+    **numbers,
+) -> tuple[Tensor, Tensor]:
+    got = gae(*arguments.values(), last, offsets, **numbers)
+    wide = {name: a.double() if a.is_floating_point() else a for name, a in arguments.items()}
+    expected = reference(*wide.values(), None if last is None else last.double(), offsets, **numbers)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=tolerance, atol=tolerance)
+    return got
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("tokens", [1, 33, 127, 129, CHUNK, CHUNK + 1, 3 * CHUNK - 5])
+def test_gae_in_every_order(gae: Callable, tokens: int, dtype: torch.dtype, tolerance: float, holes: str) -> None:
+    last = torch.tensor([0.7, -0.2, 0.1], dtype=dtype)
+    for share in (1.0, 0.6, 0.0):
+        arguments = problem((3, tokens), share, dtype)
+        build.set_order(build.cuda_module(), 0)
+        first = expect_reference(gae, arguments, last, None, tolerance, gamma=0.98, lam=0.95, holes=holes)
+        for seed in (1, 2):
+            build.set_order(build.cuda_module(), seed)
+            again = gae(*arguments.values(), last, None, gamma=0.98, lam=0.95, holes=holes)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ends", [[0, 5, 5, 40, 300], [0, 20_000], [0, 3, 18_000, 18_000, 40_000], [7, 2 * CHUNK + 7]])
+def test_gae_packed(gae: Callable, ends: list[int], offset_dtype: torch.dtype, holes: str) -> None:
+    """Both paths (a block per sequence, a block per chunk), empty sequences and tokens outside of every sequence."""
+    spare = 5000 if ends[0] else 0  # tokens after the last sequence
+    arguments = problem((ends[-1] + spare,), 0.7)
+    inside = slice(ends[0], ends[-1])
+    offsets = torch.tensor(ends, dtype=offset_dtype)
+    last = torch.linspace(-1, 1, len(ends) - 1)
+    got = gae(*arguments.values(), last, offsets, gamma=1.0, lam=0.9, holes=holes)
+    within = {name: a[inside] for name, a in arguments.items()}
+    expected = expect_reference(gae, within, last, offsets - ends[0], 1e-5, gamma=1.0, lam=0.9, holes=holes)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g[inside], e)
+        assert g[: ends[0]].abs().sum() == 0
+        assert g[ends[-1] :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+@pytest.mark.parametrize("length", [100, 1500, 17 * CHUNK + 3])
+def test_gae_bits_depend_on_the_row_alone(gae: Callable, length: int, holes: str) -> None:
+    """Alone, in a batch, packed, padded on either side, a block per sequence or per chunk: the same bits."""
+    numbers = {"gamma": 0.99, "lam": 0.97, "holes": holes}
+    row = problem((1, length), 0.8)
+    alone = gae(*row.values(), None, None, **numbers)
+    for left, right, rows in ((0, 40, 1), (1, 0, 3), (777, 1999, 66), (3 * CHUNK, 17 * CHUNK, 2)):
+        padded = {name: torch.nn.functional.pad(a, (left, right)).repeat(rows, 1) for name, a in row.items()}
+        got = gae(*padded.values(), None, None, **numbers)
+        assert all(
+            torch.equal(g[i, left : left + length], a[0]) for g, a in zip(got, alone, strict=True) for i in (0, -1)
+        )
+    for sequences in (1, 7, 70):
+        packed = {name: a.repeat(1, sequences).squeeze(0) for name, a in row.items()}
+        got = gae(*packed.values(), None, torch.arange(sequences + 1) * length, **numbers)
+        assert all(torch.equal(g[-length:], a[0]) for g, a in zip(got, alone, strict=True))
+
+
+def test_gae_takes_any_strides(gae: Callable) -> None:
+    arguments = problem((40, 6), 0.7)
+    transposed = {name: a.t() for name, a in arguments.items()}
+    transposed["rewards"] = torch.stack([transposed["rewards"]] * 3, -1)[..., 1]
+    last = torch.randn(12)[::2]
+    got = gae(*transposed.values(), last, None, gamma=0.9, lam=0.8)
+    plain = gae(*(a.contiguous() for a in transposed.values()), last.contiguous(), None, gamma=0.9, lam=0.8)
+    assert all(torch.equal(g, p) for g, p in zip(got, plain, strict=True))
+    wide = torch.zeros(10, dtype=torch.int64)
+    wide[::3] = torch.tensor([0, 9, 9, 40])
+    row = {name: a[:, 2] for name, a in arguments.items()}
+    got = gae(*row.values(), None, wide[::3], gamma=0.9, lam=0.8)
+    plain = gae(*(a.contiguous() for a in row.values()), None, wide[::3].contiguous(), gamma=0.9, lam=0.8)
+    assert all(torch.equal(g, p) for g, p in zip(got, plain, strict=True))
+
+
+@pytest.mark.parametrize("length", [6, 20 * CHUNK])
+def test_gae_with_lam_zero_reads_no_neighbour(gae: Callable, length: int) -> None:
+    """With gamma * lam = 0 an infinite reward stays where it is."""
+    arguments = {name: torch.zeros(1, length) for name in ("rewards", "values")} | {
+        "mask": torch.ones(1, length).bool()
+    }
+    arguments["rewards"][0, length // 2] = torch.inf
+    advantages, _ = gae(*arguments.values(), None, None, gamma=1.0, lam=0.0)
+    assert advantages[0, length // 2] == torch.inf
+    assert advantages[0].isfinite().sum() == length - 1
+
+
+@pytest.mark.parametrize("ends", [[5, 3, 8], [-4, 12], [0, 99], [9, 2], [0, 40_000, 3, 90_000, -1]])
+def test_gae_stays_in_bounds_with_wrong_offsets(gae: Callable, ends: list[int]) -> None:
+    tokens = 10 if max(ends) < 1000 else 30_000
+    guard = 64
+    arguments = problem((tokens,), 0.9)
+    fences = [torch.full((tokens + 2 * guard,), 7.0) for _ in range(2)]
+    views = [dispatch._view(a) for a in arguments.values()]
+    outputs = [dispatch._view(f[guard:-guard]) for f in fences]
+    offsets = torch.tensor(ends)
+    build.cuda_module().gae(*views, None, dispatch._view(offsets), 1.0, 0.95, "skip", *outputs)
+    for fence in fences:
+        assert (fence[:guard] == 7).all()
+        assert (fence[-guard:] == 7).all()
+
+
+def test_gae_of_nothing(gae: Callable) -> None:
+    empty = torch.empty(0)
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        advantages, returns = gae(empty.view(shape), empty.view(shape), empty.view(shape).bool(), None, None)
+        assert advantages.shape == returns.shape == shape
+    advantages, _ = gae(empty, empty, empty.bool(), None, torch.tensor([0, 0]))
+    assert advantages.shape == (0,)
+    advantages, _ = gae(torch.ones(3), torch.ones(3), torch.ones(3).bool(), None, torch.tensor([3]))
+    assert advantages.tolist() == [0, 0, 0]
+
+
+def test_gae_host_refuses_what_it_cannot_read() -> None:
+    module = build.cuda_module()
+    x, m = torch.ones(2, 3), torch.ones(2, 3).bool()
+    view = dispatch._view
+    good = [view(x), view(x), view(m), None, None, 1.0, 0.95, "skip", view(x), view(x)]
+    for place, wrong, message in (
+        (0, view(x.half()), "one dtype"),
+        (1, view(x.double()), "one dtype"),
+        (1, view(x[:1]), "shape"),
+        (2, view(x), "mask must be bool"),
+        (3, view(x[0].double()[:2]), "dtype of rewards"),
+        (3, view(x[0]), "last_values must be"),
+        (4, view(x[0].long()), "with cu_seqlens"),
+        (7, "carry", "skip or zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.gae(*good[:place], wrong, *good[place + 1 :])
+    with pytest.raises(RuntimeError, match="cudaSetDevice: cudaErrorInvalidDevice: invalid device ordinal"):
+        module.gae(*good, 7, 0)
+    module.gae(*good, 1, 0)
+    assert module.device_count() == 2
