@@ -6,9 +6,10 @@ a plain one, at 512 x 1024 at least 60 and 25 times, and within 3 times a copy o
 
 import torch
 from harness import device_name, interleave, save, table
+from torch import Tensor
+
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import gae
-from torch import Tensor
 
 BYTES_PER_TOKEN = 17  # reads rewards, values (4 + 4) and mask (1), writes advantages and returns (4 + 4)
 

@@ -64,7 +64,7 @@ def define(
     torch.library.register_autograd(
         f"rlhf_fast::{name}", backward or _no_backward(name), setup_context=setup_context, lib=LIBRARY
     )
-    op = getattr(torch.ops.rlhf_fast, name).default
+    op: Callable = getattr(torch.ops.rlhf_fast, name).default
     IMPLEMENTATIONS[name], ABSENT[name] = {"reference": reference}, {}
     for implementation, find in FINDERS.items():
         kernel = find(name)

@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
+
 import rlhf_fast.ops  # noqa: E402, F401
 from rlhf_fast import dispatch  # noqa: E402
 

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-import rlhf_fast as rf
 import torch
+
+import rlhf_fast as rf
 from rlhf_fast import dispatch
 
 HEAVY = ("transformers", "datasets", "rich", "matplotlib", "accelerate", "yaml", "triton.language", "tensorboard")
@@ -36,7 +37,9 @@ def test_every_public_name_exists():
 
 
 def test_generate_is_the_function_whatever_was_imported_before():
-    code = "import rlhf_fast.generate, rlhf_fast; from rlhf_fast.trainers import ppo; assert callable(rlhf_fast.generate)"
+    code = (
+        "import rlhf_fast.generate, rlhf_fast; from rlhf_fast.trainers import ppo; assert callable(rlhf_fast.generate)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -67,7 +67,8 @@ def gae(
     check_choice("gae", "holes", holes, HOLES)
     dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
     last = None if last_values is None else last_values.to(dtype)
-    return _gae(rewards.to(dtype), values.to(dtype), mask, last, cu_seqlens, gamma=gamma, lam=lam, holes=holes)
+    out = _gae(rewards.to(dtype), values.to(dtype), mask, last, cu_seqlens, gamma=gamma, lam=lam, holes=holes)
+    return out[0], out[1]
 
 
 def reference(
@@ -135,7 +136,9 @@ def backward(
     start = torch.zeros_like(end) if cu_seqlens is None else cu_seqlens[sequence]
     latest = torch.where(mask, position, -1).cummax(-1).values  # the last valid token at or before this one
     previous = torch.nn.functional.pad(latest[..., :-1], (1, 0), value=-1) if holes == "skip" else position - 1
-    from_previous = torch.where(previous >= start, c.gather(-1, previous.clamp(min=0).expand_as(sequence + position)), 0)
+    from_previous = torch.where(
+        previous >= start, c.gather(-1, previous.clamp(min=0).expand_as(sequence + position)), 0
+    )
     grad_values = torch.where(mask, grad_returns - c + gamma * from_previous, 0)
     if cu_seqlens is None:
         last = latest[:, -1:]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_fast.ops import gae
 from torch import Tensor
+
+from rlhf_fast.ops import gae
 
 HOLES = ("skip", "zero")
 FLOATS = (torch.float32, torch.float64)
