@@ -55,6 +55,7 @@ class PPOConfig:
     clip_scores: float | None = option(None, "largest absolute score", above=0.0)
     missing_eos_penalty: float | None = option(None, "taken from the score of a response that never ends", low=0.0)
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
+    overlong: str = option("error", "a longer prompt stops the run or is left out", choices=("error", "drop"))
     max_new_tokens: int = option(64, "longest response in tokens", low=1)
     temperature: float = option(1.0, "sampling temperature, and that of every logprob", above=0.0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
@@ -110,9 +111,7 @@ class PPOTrainer:
         device = self.device = self.accelerator.device
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         policy = models.load_policy(model)
-        limit = models.context_length(policy)
-        room = c.max_prompt_length if limit is None else min(c.max_prompt_length or limit, limit - c.max_new_tokens)
-        self.prompts = data.prompt_examples(data.read_records(prompts), self.tokenizer, max_length=room)
+        self.prompts = self._read(prompts, models.context_length(policy))
         self.policy = learning.trainable(policy, device)
         self.reference = models.frozen_copy(models.load_policy(reference) if reference else self.policy).to(device)
         self.critic = learning.trainable(self._load_critic(critic, reward), device)
@@ -126,13 +125,24 @@ class PPOTrainer:
         self.done = self.updates = 0  # PPO steps, optimizer steps
         self.samples: list[dict[str, Any]] = []
 
+    def _read(self, source: Any, context: int | None) -> list[data.Prompt]:
+        c = self.config
+        room = (
+            c.max_prompt_length if context is None else min(c.max_prompt_length or context, context - c.max_new_tokens)
+        )
+        if room is not None and room < 1:
+            raise ValueError(
+                f"PPOConfig.max_new_tokens is {c.max_new_tokens}: the model's context of {context} is full"
+            )
+        return data.prompt_examples(data.read_records(source), self.tokenizer, max_length=room, overlong=c.overlong)
+
     def train(self) -> dict[str, float]:
         """Run every step and leave the policy in ``output_dir``; returns the last metrics."""
         c = self.config
         run = Run("ppo", self.output_dir, c, keep=c.keep, quiet=c.quiet)
         return drive(self, run, total=c.steps, save_every=c.save_every, live=("scores", "kl", "loss"))
 
-    def batches(self) -> Iterator[list[Any]]:
+    def batches(self) -> Iterator[list[data.Prompt]]:
         """``steps`` batches of prompts: one shuffled pass after the other."""
         c, waiting, epoch = self.config, [], 0
         for _ in range(c.steps):
@@ -142,7 +152,7 @@ class PPOTrainer:
             yield [self.prompts[i] for i in waiting[: c.batch_size]]
             waiting = waiting[c.batch_size :]
 
-    def step(self, batch: list[Any]) -> dict[str, float]:
+    def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One PPO step on the prompts of ``batch``; returns its statistics."""
         c = self.config
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, c.steps, c.warmup_ratio)
@@ -159,11 +169,11 @@ class PPOTrainer:
         return stats
 
     @torch.no_grad()
-    def rollout(self, batch: list[Any]) -> Rollout:
+    def rollout(self, batch: list[data.Prompt]) -> Rollout:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
         c, device = self.config, self.device
         prompt_ids, prompt_mask = (
-            x.to(device) for x in data.pad([e["ids"] for e in batch], self.tokenizer.pad_token_id, side="left")
+            x.to(device) for x in data.pad([example.ids for example in batch], self.tokenizer.pad_token_id, side="left")
         )
         seeds = torch.randint(2**62, (len(batch),), generator=stream(c.seed, SEEDS, self.done))
         with learning.autocast(device, c.precision):
@@ -175,9 +185,9 @@ class PPOTrainer:
         kept = [ids[mask] for ids, mask in zip(written.responses.cpu(), written.mask.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         unread = torch.zeros_like(written.logprobs)
-        columns = {name: [e["columns"][name] for e in batch] for name in batch[0]["columns"]}
+        columns = {name: [example.columns[name] for example in batch] for name in batch[0].columns}
         rollout = Rollout(
-            [e["prompt"] for e in batch], texts, columns, prompt_ids, prompt_mask, written.responses, written.mask,
+            [example.prompt for example in batch], texts, columns, prompt_ids, prompt_mask, written.responses, written.mask,
             written.ended, unread, unread, unread,
         )  # fmt: skip
         parts = [rollout.select(rows) for rows in torch.arange(len(batch)).split(self.forward_size)]

@@ -30,6 +30,7 @@ class RewardConfig:
     max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
     center_coef: float = option(0.0, "weight of the squared sum of the two scores, which keeps them near 0", low=0.0)
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
+    overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     seed: int = option(0, "of the new head and the order of the pairs", low=0)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
@@ -79,8 +80,10 @@ class RewardTrainer:
         self.steps = self.config.epochs * math.ceil(len(self.pairs) / self.config.batch_size)
         self.done = self.updates = 0
 
-    def _read(self, source: Any) -> list[Any]:
-        return data.pair_examples(data.read_records(source), self.tokenizer, max_length=self.max_length)
+    def _read(self, source: Any) -> list[data.Pair]:
+        return data.pair_examples(
+            data.read_records(source), self.tokenizer, max_length=self.max_length, overlong=self.config.overlong
+        )
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the reward model in ``output_dir``; returns the last metrics."""
@@ -88,11 +91,11 @@ class RewardTrainer:
         run = Run("reward", self.output_dir, c, keep=c.keep, quiet=c.quiet)
         return drive(self, run, total=self.steps, save_every=c.save_every, live=("loss", "accuracy", "eval_accuracy"))
 
-    def batches(self) -> Iterator[list[Any]]:
+    def batches(self) -> Iterator[list[data.Pair]]:
         """The shuffled pairs of every epoch in batches."""
         return epochs(self.pairs, self.config.batch_size, self.config.epochs, self.config.seed)
 
-    def step(self, batch: list[Any]) -> dict[str, float]:
+    def step(self, batch: list[data.Pair]) -> dict[str, float]:
         """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
         c, size = self.config, self.config.micro_batch_size or len(batch)
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
@@ -115,7 +118,7 @@ class RewardTrainer:
         self.done, self.updates = self.done + 1, self.updates + 1
         return stats | {"lr": rate}
 
-    def scores(self, pairs: list[Any]) -> tuple[Tensor, Tensor]:
+    def scores(self, pairs: list[data.Pair]) -> tuple[Tensor, Tensor]:
         """The scores ``[B]`` of the chosen and of the rejected answers, from one forward pass over both."""
         device = self.accelerator.device
         answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -125,7 +128,7 @@ class RewardTrainer:
         chosen, rejected = scores.chunk(2)
         return chosen, rejected
 
-    def loss(self, pairs: list[Any], chosen: Tensor, rejected: Tensor) -> Tensor:
+    def loss(self, pairs: list[data.Pair], chosen: Tensor, rejected: Tensor) -> Tensor:
         """The mean pairwise loss of ``pairs``, a 0-d tensor."""
         margin = None
         if any(pair.margin is not None for pair in pairs):

@@ -28,6 +28,7 @@ class SFTConfig:
     weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
     max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
     max_length: int | None = option(None, "longest sequence in tokens; the model's context if absent", low=2)
+    overlong: str = option("error", "a longer sequence stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     seed: int = option(0, "of the order of the data", low=0)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
@@ -75,8 +76,9 @@ class SFTTrainer:
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
 
-    def _read(self, source: Any) -> list[Any]:
-        return data.sft_examples(data.read_records(source), self.tokenizer, max_length=self.max_length)
+    def _read(self, source: Any) -> list[data.Example]:
+        records = data.read_records(source)
+        return data.sft_examples(records, self.tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the model in ``output_dir``; returns the last metrics."""
@@ -84,11 +86,11 @@ class SFTTrainer:
         run = Run("sft", self.output_dir, c, keep=c.keep, quiet=c.quiet)
         return drive(self, run, total=self.steps, save_every=c.save_every, live=("loss", "eval_loss"))
 
-    def batches(self) -> Iterator[list[Any]]:
+    def batches(self) -> Iterator[list[data.Example]]:
         """The shuffled examples of every epoch in batches."""
         return epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
 
-    def step(self, batch: list[Any]) -> dict[str, float]:
+    def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
         c, size = self.config, self.config.micro_batch_size or len(batch)
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
@@ -106,7 +108,7 @@ class SFTTrainer:
         self.done, self.updates = self.done + 1, self.updates + 1
         return {"loss": loss_value, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
 
-    def loss(self, batch: list[Any]) -> Tensor:
+    def loss(self, batch: list[data.Example]) -> Tensor:
         """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
         device = self.accelerator.device
         ids, there = data.pad([example.ids for example in batch], self.tokenizer.pad_token_id)

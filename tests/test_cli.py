@@ -1,0 +1,271 @@
+"""The command line: three stages from files, each bad input in one line, Ctrl-C."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_tokenizer
+
+from rlhf_fast.cli import main
+
+DEMOS = [{"prompt": "the movie was", "response": " great fun"}, {"prompt": "the plot is", "response": " dull"}] * 4
+PAIRS = [{"prompt": "the movie is", "chosen": " good and fun", "rejected": " bad"}] * 8
+PROMPTS = [{"prompt": p} for p in ("the movie", "I like", "this plot is", "the awful")]
+
+
+def lines(path, records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny_gpt2(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, model, monkeypatch):
+    """A folder with a model and good data files, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    lines(tmp_path / "demos.jsonl", DEMOS)
+    lines(tmp_path / "prefs.jsonl.gz", PAIRS)
+    lines(tmp_path / "prompts.jsonl", PROMPTS)
+    (tmp_path / "judge.py").write_text("def score(prompts, responses, **_):\n    return [len(r) for r in responses]\n")
+    return tmp_path
+
+
+SFT = "sft --model model --data demos.jsonl --output_dir runs/sft"
+REWARD = "reward --model model --data prefs.jsonl.gz --output_dir runs/reward"
+PPO = (
+    "ppo --model model --reward judge.py:score --prompts prompts.jsonl --output_dir runs/ppo "
+    "--steps 2 --batch_size 4 --minibatch_size 2 --max_new_tokens 6"
+)
+
+
+def fails(capsys, command, *words, status=2):
+    """``command`` ends with ``status`` and one line on stderr that has every one of ``words``."""
+    code = main(command.split() if isinstance(command, str) else command)
+    error = capsys.readouterr().err
+    assert code == status, error
+    assert len(error.strip().splitlines()) == 1, error
+    for word in words:
+        assert word in error
+    return error
+
+
+def test_three_stages_from_your_own_files(here, capsys):
+    assert main(f"{SFT} --epochs 2 --batch-size 4 --eval_data demos.jsonl --quiet true".split()) == 0
+    reward = "reward --model runs/sft --data prefs.jsonl.gz --output_dir runs/reward --learning_rate 1e-3 --quiet true"
+    assert main(reward.split()) == 0
+    ppo = PPO.replace("--model model", "--model runs/sft").replace("judge.py:score", "runs/reward")
+    assert main(f"{ppo} --kl_coef 0.1 --sample_every 1 --quiet true".split()) == 0
+    assert len((here / "runs/ppo/metrics.jsonl").read_text().splitlines()) == 2
+    assert len((here / "runs/ppo/samples.jsonl").read_text().splitlines()) == 8
+    assert json.loads((here / "runs/ppo/run.json").read_text())["config"]["kl_coef"] == 0.1
+    capsys.readouterr()
+    generate = ["generate", "--model", "runs/ppo", "--max_new_tokens", "5", "--seed", "3", "the movie", "I like"]
+    assert main(generate) == 0
+    printed = capsys.readouterr().out
+    assert main([*generate, "--prompts", "prompts.jsonl", "--output", "out.jsonl"]) == 0
+    written = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
+    assert [w["prompt"] for w in written] == ["the movie", "I like", "the movie", "I like", "this plot is", "the awful"]
+    assert printed == "".join(w["response"] + "\n" for w in written[:2])
+    folders = [folder for _, folders, _ in os.walk(here / "runs") for folder in folders]
+    assert not [folder for folder in folders if "partial" in folder]
+    assert not list((here / "runs").rglob("*.bin"))
+
+
+def test_the_progress_is_shown(here, capsys):
+    assert main(f"{PPO} --sample_every 2".split()) == 0
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "scores=" in shown
+    assert "this plot is" in shown  # the table of samples
+
+
+def test_a_file_of_settings_and_flags_that_win(here):
+    (here / "x.yaml").write_text(
+        "model: model\ndata: demos.jsonl\noutput_dir: runs/a\nlearning_rate: 1e-4\nbatch_size: 4\nquiet: true\n"
+        "max_length: null\n"
+    )
+    assert main(["sft", "--config", "x.yaml", "--batch_size", "8"]) == 0
+    config = json.loads((here / "runs/a/run.json").read_text())["config"]
+    assert (config["learning_rate"], config["batch_size"], config["max_length"]) == (1e-4, 8, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lerning_rate: 1.0e-4", 'x.yaml: unknown key "lerning_rate" (did you mean "learning_rate"?)'),
+        ("learning_rate: -1.0", "x.yaml: SFTConfig.learning_rate must be at least 0, got -1.0"),
+        ("learning_rate: fast", "x.yaml: learning_rate must be a number, got 'fast'"),
+        ("batch_size: 2.5", "x.yaml: SFTConfig.batch_size must be a whole number, got 2.5"),
+        ("batch_size: [4]", "x.yaml: SFTConfig.batch_size must be a whole number, got [4]"),
+        ("data: 3", "x.yaml: data must be a string, got 3"),
+        ("- a", "x.yaml: must hold lines of key: value"),
+        ("a: b\nc: [", "x.yaml:"),
+    ],
+)
+def test_a_bad_file_of_settings(here, capsys, text, words):
+    (here / "x.yaml").write_text(text)
+    fails(capsys, f"{SFT} --config x.yaml".replace("--data demos.jsonl", "--data demos.jsonl"), words)
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (f"{SFT} --lerning_rate 1", "unknown flag --lerning_rate (did you mean --learning_rate?)"),
+        (f"{SFT} --learning_rate fast", "--learning_rate: must be a number, got 'fast'"),
+        (f"{SFT} --learning_rate -1", "SFTConfig.learning_rate must be at least 0, got -1.0"),
+        (f"{SFT} --learning_rate nan", "SFTConfig.learning_rate must be a finite number, got nan"),
+        (f"{SFT} --schedule fast", "SFTConfig.schedule must be one of constant, linear, cosine, got 'fast'"),
+        (f"{SFT} --quiet maybe", "--quiet: must be true or false, got 'maybe'"),
+        (f"{SFT} --config none.yaml", "none.yaml: No such file or directory"),
+        (f"{PPO} --kl k9", "PPOConfig.kl must be one of k1, k2, k3, abs, got 'k9'"),
+        (f"{PPO} --top_p 0", "PPOConfig.top_p must be above 0, got 0.0"),
+        ("sft --data demos.jsonl", "sft needs --model"),
+        ("sft --model model --data", "--data: expected one argument"),
+        ("sftt", "unknown command 'sftt' (did you mean sft?)"),
+        (SFT.replace("demos", "none"), "none.jsonl"),
+        (SFT.replace("--model model", "--model nowhere/here"), "nowhere/here"),
+        (PPO.replace("judge.py:score", "judge.py:scores"), "judge.py:scores: judge.py has no function scores"),
+        (PPO.replace("judge.py:score", "jury.py:score"), "jury.py:score: there is no file jury.py"),
+        (PPO.replace("judge.py:score", "no.such.module:score"), "No module named 'no'"),
+        ("generate --model model", "generate needs a prompt"),
+    ],
+)
+def test_bad_commands(here, capsys, command, words):
+    fails(capsys, command, words)
+    assert not (here / "runs").exists()
+
+
+def test_bad_data_names_its_line(here, capsys):
+    lines(here / "prefs.jsonl", [*PAIRS, *PAIRS, {"prompt": "a", "chosen": " b"}])
+    command = REWARD.replace("prefs.jsonl.gz", "prefs.jsonl")
+    fails(capsys, command, 'prefs.jsonl:17: "rejected" is missing')
+    (here / "prefs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+    fails(capsys, command, "prefs.jsonl:2:")
+    (here / "prefs.jsonl").write_text("")
+    fails(capsys, command, "prefs.jsonl", "empty")
+    lines(here / "prompts.jsonl", [{"prompt": "the"}, {"prompt": "the movie " * 100}])
+    fails(capsys, PPO, "prompts.jsonl:2:", "tokens")
+    assert not (here / "runs").exists()
+
+
+def test_a_bad_reward_is_one_line(here, capsys):
+    (here / "judge.py").write_text(
+        "def few(prompts, responses, **_):\n    return [1.0]\n"
+        "def nan(prompts, responses, **_):\n    return [float('nan')] * len(prompts)\n"
+    )
+    for name in ("few", "nan"):
+        command = PPO.replace(":score", f":{name}").replace("runs/ppo", f"runs/{name}")
+        fails(capsys, f"{command} --quiet true", "reward")
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(here, capsys):
+    assert main(f"{SFT} --quiet true".split()) == 0
+    before = {p: p.read_bytes() for p in (here / "runs/sft").rglob("*") if p.is_file()}
+    fails(capsys, SFT, "runs/sft already holds a run", "choose another output_dir")
+    assert {p: p.read_bytes() for p in (here / "runs/sft").rglob("*") if p.is_file()} == before
+
+
+def test_nan_stops_with_the_last_good_checkpoint(here, capsys, monkeypatch):
+    from rlhf_fast.trainers.sft import SFTTrainer
+
+    honest = SFTTrainer.loss
+    monkeypatch.setattr(
+        SFTTrainer, "loss", lambda self, batch: honest(self, batch) * (torch.nan if self.done == 3 else 1)
+    )
+    fails(
+        capsys, f"{SFT} --batch_size 2 --quiet true",
+        "step 4: loss is nan; last good checkpoint: runs/sft/checkpoints/step-3",
+    )  # fmt: skip
+    assert (here / "runs/sft/checkpoints/step-3/model.safetensors").is_file()
+
+
+def test_debug_shows_the_traceback(here, capsys):
+    assert main(["sft", "--debug", "--model", "model", "--data", "none.jsonl"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    fails(capsys, SFT, "accelerate", "pip install 'rlhf-fast[train]'")
+
+
+def test_ctrl_c_saves_and_exits_130(here):
+    command = [sys.executable, "-m", "rlhf_fast.cli", *PPO.split(), "--steps", "100000", "--save_every", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
+    try:
+        metrics, deadline = here / "runs/ppo/metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    (saved,) = (here / "runs/ppo/checkpoints").iterdir()
+    steps = len(metrics.read_text().splitlines())
+    assert saved.name == f"step-{steps}"
+    assert (saved / "model.safetensors").is_file()
+    assert (saved / "critic/model.safetensors").is_file()
+    assert json.loads((saved / "trainer.json").read_text())["step"] == steps
+
+
+def test_help_lists_every_field_and_imports_no_transformers():
+    code = (
+        "import sys; from rlhf_fast.cli import main\n"
+        "for c in ('sft', 'reward', 'ppo', 'generate'):\n"
+        "    try: main([c, '--help'])\n"
+        "    except SystemExit as e: assert e.code == 0\n"
+        "assert main(['--help']) == 0\n"
+        "assert not {'transformers', 'accelerate', 'rich', 'matplotlib'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for word in ("--kl_coef FLOAT", "price of a nat of KL", "[0.05]", "--schedule constant|linear|cosine", "--model X"):
+        assert word in shown
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in shown
+    from rlhf_fast import dispatch
+
+    rows = [line.split() for line in shown.splitlines() if line.startswith("gae ")]
+    assert [row[:2] for row in rows] == [["gae", "CPU"], ["gae", "CUDA"]]
+    for row in rows:
+        assert row[2] == dispatch.serving("gae", row[1])
+    for reason in dispatch.ABSENT["gae"].values():
+        assert reason in shown
+    assert ("(unmeasured)" in shown) == any(
+        dispatch.serving(o, "CUDA") != "reference" for o in dispatch.IMPLEMENTATIONS
+    )
+
+
+def test_nothing_and_version(capsys):
+    assert main([]) == 0
+    assert "rlhf-fast COMMAND --help" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rlhf_fast 0.")
