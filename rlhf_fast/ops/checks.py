@@ -17,7 +17,7 @@ def check_tensor(
     rule: str = "",
     device: torch.device | None = None,
 ) -> None:
-    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a tensor of one of ``dtypes``, ``shape`` and ``device``."""
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a tensor of the given dtypes, shape and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -42,7 +42,7 @@ def check_range(op: str, name: str, value: float, low: float, high: float) -> No
 
 
 def check_offsets(op: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise ``ValueError`` unless the offsets rise from 0 to ``tokens``; only on the CPU, where looking costs no sync."""
+    """Raise ``ValueError`` unless the offsets rise from 0 to ``tokens``; on the CPU only, where a look costs no sync."""
     if cu_seqlens.device.type != "cpu":
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):

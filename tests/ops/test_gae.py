@@ -1,5 +1,7 @@
 """gae: every form of it against hand-computed cases, a float64 loop and what the peers get wrong."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,7 +123,7 @@ def test_packed_equals_padded_bit_for_bit(run, device, holes, offsets, index):
     expected = loop(rewards, values, mask, last, cu_seqlens, **numbers)
     for ours, theirs in zip(packed, expected, strict=True):
         assert (ours.cpu() - theirs).abs().max() <= bound(theirs, torch.float32, 37)
-    for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for b, (start, end) in enumerate(pairwise(offsets)):
         if start == end:
             continue
         row = (x[start:end][None].to(device) for x in (rewards, values, mask))
