@@ -1,0 +1,210 @@
+"""Records to tokens: file formats, the columns of each kind of training data, tokenising and padding.
+
+A mask is True on the tokens that count: those of the response, its end token included. An error names its place,
+``prefs.jsonl:17: "rejected" is missing``. Nothing is cut or left out unless ``overlong`` asks for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import columns
+from rlhf_fast.records import DataError, Record, kind, read_records
+
+__all__ = [
+    "DataError", "Example", "Pair", "Prompt", "Record", "encode", "pad", "pair_examples", "prompt_examples",
+    "read_records", "sft_examples",
+]  # fmt: skip
+OVERLONG = ("error", "truncate", "drop")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence to learn from."""
+
+    ids: list[int]
+    mask: list[bool]  # True on the tokens to learn
+    place: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each with the prompt before it."""
+
+    chosen: list[int]
+    rejected: list[int]
+    prompt_length: int  # in tokens; the rest of both is the answer
+    margin: float | None  # by how much the chosen answer is better, if the data says so
+    place: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer; ``columns`` are the other columns of its record, for the reward."""
+
+    prompt: str
+    ids: list[int]
+    columns: dict[str, Any]
+    place: str
+
+
+def sft_examples(
+    records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
+) -> list[Example]:
+    """Demonstrations: ``{"text"}``, ``{"prompt", "response"}`` or ``{"messages"}``.
+
+    Of a text every token is learned, of a prompt with its response the response, of a conversation (rendered by the
+    tokenizer's chat template) the turns of the assistant. A sequence longer than ``max_length`` tokens raises, or is
+    cut at its end (``overlong="truncate"``) or left out (``"drop"``). Raises ``DataError``.
+    """
+    found = []
+    for record in records:
+        if "messages" in record:
+            ids, mask = _join(tokenizer, columns.turns(record, tokenizer))
+        elif "text" in record:
+            ids = encode(tokenizer, columns.text(record, "text"), end=True)
+            mask = [i > 0 or token != tokenizer.bos_token_id for i, token in enumerate(ids)]
+        elif "prompt" in record or "response" in record:
+            prompt = columns.prompt_text(record, tokenizer)
+            answer = columns.answer_text(record, "response", prompt, tokenizer)
+            ids, mask = _join(tokenizer, [(prompt, False), (answer, True)])
+        else:
+            raise DataError(f'{record.place}: it has no "text", no "prompt" and "response", and no "messages"')
+        if _fits(record, len(ids), mask.index(True), max_length, overlong):
+            found.append(Example(ids[:max_length], mask[:max_length], record.place))
+    return _some(found, records, max_length)
+
+
+def pair_examples(
+    records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
+) -> list[Pair]:
+    """Preferences: ``{"prompt", "chosen", "rejected"}``, or the last two alone if they begin alike; maybe ``"margin"``.
+
+    Without a prompt it is what both answers begin with: of two conversations the messages they share; of two texts
+    the part up to and with the last ``"\\n\\nAssistant:"`` of the shared beginning (Anthropic's HH format), or, if
+    there is none, the shared words up to the space before the first word that differs. ``overlong`` as in
+    ``sft_examples``. Raises ``DataError``.
+    """
+    found = []
+    for record in records:
+        if record.get("prompt") is None or (
+            isinstance(record["prompt"], str) and isinstance(record.get("chosen"), list)
+        ):
+            record = columns.split_pair(record)
+        prompt = columns.prompt_text(record, tokenizer)
+        said = [columns.answer_text(record, name, prompt, tokenizer) for name in ("chosen", "rejected")]
+        if said[0] == said[1]:
+            raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
+        margin = record.get("margin")
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
+            raise DataError(f'{record.place}: "margin" must be a number, got {kind(margin)}')
+        before = encode(tokenizer, prompt)
+        chosen, rejected = (before + encode(tokenizer, answer, start=False, end=True) for answer in said)
+        if _fits(record, max(len(chosen), len(rejected)), len(before), max_length, overlong):
+            chosen, rejected = chosen[:max_length], rejected[:max_length]
+            if chosen == rejected:
+                raise DataError(f"{record.place}: the two answers are the same up to max_length={max_length}")
+            found.append(Pair(chosen, rejected, len(before), margin, record.place))
+    return _some(found, records, max_length)
+
+
+def prompt_examples(
+    records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
+) -> list[Prompt]:
+    """Prompts: ``{"prompt"}``, a string or a list of messages; the other columns are kept for the reward.
+
+    Every prompt gets every column, None where its record has none. A prompt longer than ``max_length`` tokens raises
+    ``DataError`` or is left out (``overlong="drop"``): cut short it would be another prompt.
+    """
+    names = list(dict.fromkeys(name for record in records for name in record if name != "prompt"))
+    found = []
+    for record in records:
+        for name in ("prompts", "responses"):
+            if name in record:
+                raise DataError(f'{record.place}: a column "{name}" would hide what the reward is given: rename it')
+        prompt = columns.prompt_text(record, tokenizer)
+        ids = encode(tokenizer, prompt)
+        if not ids:
+            raise DataError(f'{record.place}: "prompt" is empty')
+        if max_length is not None and len(ids) > max_length and overlong != "drop":
+            raise DataError(
+                f"{record.place}: the prompt is {len(ids)} tokens long, and {max_length} fit: shorten it, or leave "
+                "more of the context by a lower max_new_tokens"
+            )
+        if max_length is None or len(ids) <= max_length:
+            found.append(Prompt(prompt, ids, {name: record.get(name) for name in names}, record.place))
+    return _some(found, records, max_length)
+
+
+def pad(
+    sequences: Sequence[Any],
+    value: Any,
+    *,
+    side: str = "right",
+) -> tuple[Tensor, Tensor]:
+    """``(padded [B, L], mask [B, L])`` of ``B`` lists or 1-d tensors; the mask is True where a sequence is."""
+    if side not in ("right", "left"):
+        raise ValueError(f"pad: side must be right or left, got {side!r}")
+    rows = [torch.as_tensor(sequence) for sequence in sequences]
+    kinds = [row.dtype for row in rows if row.numel()] or [torch.tensor(value).dtype]
+    length = max((row.numel() for row in rows), default=0)
+    padded = torch.full((len(rows), length), value, dtype=kinds[0], device=rows[0].device if rows else None)
+    mask = torch.zeros(padded.shape, dtype=torch.bool, device=padded.device)
+    for i, row in enumerate(rows):
+        span = slice(0, row.numel()) if side == "right" else slice(length - row.numel(), length)
+        padded[i, span], mask[i, span] = row, True
+    return padded, mask
+
+
+def encode(tokenizer: Any, text: str, *, start: bool = True, end: bool = False) -> list[int]:
+    """The tokens of ``text``; a prompt is the ``start`` of a sequence and a response its ``end``.
+
+    The two are tokenised apart, so that the tokens of a prompt never depend on its response. At the start stands the
+    special token that the tokenizer begins with, once, at the end the end token, once.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ended = text.rstrip().endswith(tokenizer.eos_token)
+    if end and ended:
+        text = text.rstrip()
+    ids = list(tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"])
+    if start and len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+        ids = ids[1:]
+    if start and not ended and len(ids) > (bos == eos) and ids[-1] == eos:
+        ids = ids[:-1]  # the tokenizer ends what it is given, and this is not the end
+    return [*ids, eos] if end and not ended else ids
+
+
+def _join(tokenizer: Any, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    """Tokens and mask of pieces of text, True with those to learn; the last of them ends the sequence."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for i, (text, learned) in enumerate(pieces):
+        tokens = encode(tokenizer, text, start=i == 0, end=i == len(pieces) - 1)
+        ids, mask = ids + tokens, mask + [learned] * len(tokens)
+    return ids, mask
+
+
+def _fits(record: Record, length: int, first: int, max_length: int | None, overlong: str) -> bool:
+    """Whether ``record`` of ``length`` tokens is kept. Raises ``DataError`` if it is too long and must stay whole."""
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
+    if max_length is None or length <= max_length:
+        return True
+    if overlong == "drop":
+        return False
+    if overlong == "truncate" and first < max_length:
+        return True
+    what = f"the {first} tokens before the answer leave no room for it" if first >= max_length else "it would be cut"
+    raise DataError(
+        f"{record.place}: {length} tokens where max_length allows {max_length}, {what}: shorten it, raise max_length "
+        "(at most the model's context) or leave it out"
+    )
+
+
+def _some(found: list[Any], records: list[Record], max_length: int | None) -> list[Any]:
+    if not found and records:
+        raise DataError(f"{records[0].place}: this and all other records are longer than max_length={max_length}")
+    return found
