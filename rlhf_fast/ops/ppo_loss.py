@@ -1,0 +1,300 @@
+"""The clipped policy loss, the clipped value loss, their statistics and their gradient in one pass over the tokens."""
+
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.dispatch import define
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_range, check_tensor
+
+AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum")
+KL_ESTIMATES = ("k1", "k2", "k3", "abs")
+#: The statistics, in the order in which the op returns them.
+STATS = (
+    "policy_loss", "value_loss", "entropy", "kl", "approx_kl", "clipfrac", "value_clipfrac", "ratio_mean", "ratio_max",
+)  # fmt: skip
+
+
+class PPOLossOutput(NamedTuple):
+    """What `ppo_loss` returns."""
+
+    loss: Tensor  # 0-d
+    stats: dict[str, Tensor]  # 0-d each, detached
+
+
+def ppo_loss(
+    logprobs: Tensor,  # [B, T] or [N]
+    old_logprobs: Tensor,  # [B, T] or [N]
+    advantages: Tensor,  # [B, T], [N] or [B]
+    mask: Tensor,  # [B, T] or [N], bool
+    *,
+    cliprange: float | tuple[float, float] = 0.2,
+    values: Tensor | None = None,  # [B, T] or [N]
+    old_values: Tensor | None = None,  # [B, T] or [N]
+    returns: Tensor | None = None,  # [B, T] or [N]
+    cliprange_value: float = 0.2,
+    vf_coef: float = 0.1,
+    entropy: Tensor | None = None,  # [B, T] or [N]
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,  # [B, T] or [N]
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    dual_clip: float | None = None,
+    log_ratio_clamp: float = 20.0,
+    aggregate: str = "token_mean",
+    denominator: float | Tensor | None = None,  # number or 0-d
+) -> PPOLossOutput:
+    """PPO's objective (Schulman et al. 2017) as language models use it (Ziegler et al. 2019; Huang et al. 2024).
+
+    With ``d = clamp(logp - old, +-log_ratio_clamp)``, ``rho = exp(d)`` and ``D = logp - ref``, per token::
+
+        policy = max(-A rho, -A clip(rho, 1 - low, 1 + high));  where A < 0 at most -A dual_clip
+        value  = 1/2 max((V - R)^2, (clip(V, V_old +- cliprange_value) - R)^2)
+        kl     = D (k1), D^2 / 2 (k2), exp(-D) + D - 1 (k3), |D| (abs)
+        loss   = agg(policy) + vf_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+
+    Args:
+        logprobs: of the chosen tokens under the policy; with ``values`` and ``entropy`` all that gets a gradient.
+        old_logprobs: under the policy that wrote the tokens.
+        advantages: per token, or ``[B]``, one per sequence.
+        mask: True where a token counts. What is stored elsewhere is never used.
+        cliprange: of the ratio, one number or ``(low, high)``.
+        values: the critic's values, with ``returns``; without them there is no value loss.
+        old_values: the values when the tokens were written; without them the value is not clipped.
+        returns: the targets of the values.
+        cliprange_value: how far a value may move from the old one.
+        vf_coef: weight of the value loss.
+        entropy: per token, in nats.
+        entropy_coef: weight of the entropy bonus.
+        ref_logprobs: under the reference policy; without them the KL term is 0.
+        kl_coef: weight of the KL term.
+        kl: the estimate of Schulman (2020), ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``.
+        dual_clip: bound of the ratio where the advantage is negative, above 1 (Ye et al. 2020); None for none.
+        log_ratio_clamp: bound of the log ratio; outside of it the policy gets no gradient.
+        aggregate: ``"token_mean"``, ``"token_sum"``: over all valid tokens; ``"seq_mean_token_mean"``,
+            ``"seq_mean_token_sum"``: over those of each sequence, then the mean of the sequences that have any.
+        denominator: takes the place of the number of valid tokens (``token_mean``) or sequences (``seq_mean_*``), or
+            divides the sum: with that of the full batch, micro-batches and ranks add up to its loss and gradient.
+
+    Returns:
+        `PPOLossOutput`: the loss (0 with a graph for an empty mask) and detached 0-d statistics, aggregated alike:
+        ``policy_loss value_loss entropy kl approx_kl`` (``(logp - old)^2 / 2``) ``clipfrac value_clipfrac`` (clipped
+        loss above the unclipped one) ``ratio_mean``; and ``ratio_max`` over the valid tokens. Float32, or float64 if an
+        input is. What was not given counts 0.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, range or choice, or values without returns.
+    """
+    check_tensor("ppo_loss", "logprobs", logprobs, dtypes=FLOATS)
+    if logprobs.dim() not in (1, 2):
+        raise ValueError(f"ppo_loss: logprobs must be [B, T] or [N], got {list(logprobs.shape)}")
+    if isinstance(advantages, Tensor) and advantages.shape == logprobs.shape[:1] and logprobs.dim() == 2:
+        advantages = advantages[:, None].expand(logprobs.shape)
+    shape, device = logprobs.shape, logprobs.device
+    check_tensor("ppo_loss", "mask", mask, dtypes=(torch.bool,), shape=shape, rule="like logprobs", device=device)
+    tensors = {
+        "logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "values": values,
+        "old_values": old_values, "returns": returns, "entropy": entropy, "ref_logprobs": ref_logprobs,
+    }  # fmt: skip
+    for name, t in tensors.items():
+        if t is not None or name in ("old_logprobs", "advantages"):
+            check_tensor("ppo_loss", name, t, dtypes=FLOATS, shape=shape, rule="like logprobs", device=device)
+    if (values is None) != (returns is None):
+        raise ValueError("ppo_loss: values and returns must be given together")
+    low, high = _bounds(cliprange)
+    check_range("ppo_loss", "cliprange_value", cliprange_value, 0.0, inf)
+    check_range("ppo_loss", "log_ratio_clamp", log_ratio_clamp, 0.0, inf)
+    check_range("ppo_loss", "dual_clip", 1.0 if dual_clip is None else dual_clip, 1.0, inf)
+    for name, coef in (("vf_coef", vf_coef), ("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
+        if not -inf < coef < inf:
+            raise ValueError(f"ppo_loss: {name} must be finite, got {coef}")
+    check_choice("ppo_loss", "kl", kl, KL_ESTIMATES)
+    check_choice("ppo_loss", "aggregate", aggregate, AGGREGATES)
+    if logprobs.dim() == 1 and aggregate.startswith("seq_"):
+        raise ValueError(f"ppo_loss: aggregate {aggregate!r} needs [B, T], got {list(shape)}")
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors.values())
+    dtype = torch.float64 if double else torch.float32
+    tokens = [None if t is None else t.to(dtype) for t in tensors.values()]
+    loss, stats, *_ = _ppo_loss(
+        *tokens[:3], mask, *tokens[3:], _divisor(denominator, dtype, device),
+        cliprange_low=low, cliprange_high=high, cliprange_value=cliprange_value, vf_coef=vf_coef,
+        entropy_coef=entropy_coef, kl_coef=kl_coef, kl=kl, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
+        aggregate=aggregate,
+    )  # fmt: skip
+    return PPOLossOutput(loss, dict(zip(STATS, stats.detach().unbind(), strict=True)))
+
+
+def reference(
+    logprobs: Tensor,  # [B, T] or [N], as all that follow but denominator
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,  # bool
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    denominator: Tensor | None = None,  # []
+    *, cliprange_low: float, cliprange_high: float, cliprange_value: float, vf_coef: float, entropy_coef: float,
+    kl_coef: float, kl: str, dual_clip: float | None, log_ratio_clamp: float, aggregate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, statistics and the gradients of logprobs, values and entropy."""
+
+    def valid(t: Tensor | None) -> Tensor:
+        return logprobs.new_zeros(()) if t is None else torch.where(mask, t, 0)
+
+    weights = _weights(mask, aggregate, denominator, logprobs.dtype)
+    log_ratio = valid(logprobs - old_logprobs)
+    ratio, policy, d_policy, clipped = _policy(
+        log_ratio, valid(advantages), 1 - cliprange_low, 1 + cliprange_high, dual_clip, log_ratio_clamp
+    )
+    estimate = d_estimate = value = d_value = value_clipped = valid(None)
+    if ref_logprobs is not None:
+        estimate, d_estimate = kl_and_slope(valid(logprobs - ref_logprobs), kl)
+    if values is not None:
+        old = values if old_values is None else old_values  # its own value is never clipped
+        value, d_value, value_clipped = _value(valid(values), valid(old), valid(returns), cliprange_value)
+    per_token = (policy, value, valid(entropy), estimate, log_ratio**2 / 2, clipped, value_clipped, ratio)
+    stats = [(weights * t).sum() for t in per_token]
+    # A statistic that has no weight may be infinite.
+    loss = stats[0] + sum(c * x for c, x in zip((vf_coef, -entropy_coef, kl_coef), stats[1:4], strict=True) if c)
+    ratio_max = torch.where(mask, ratio, 0).amax() if mask.numel() else valid(None)
+    grads = (
+        weights * (d_policy + kl_coef * d_estimate if kl_coef else d_policy),
+        mask.new_empty(0, dtype=loss.dtype) if values is None else weights * (vf_coef * d_value),
+        mask.new_empty(0, dtype=loss.dtype) if entropy is None else -entropy_coef * weights,
+    )
+    return loss, torch.stack([*stats, ratio_max]), *grads
+
+
+def backward(
+    grad_loss: Tensor,  # []
+    grad_logprobs: Tensor,  # [B, T] or [N]
+    grad_values: Tensor,  # [B, T], [N] or [0]
+    grad_entropy: Tensor,  # [B, T], [N] or [0]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that the forward made, times that of the loss."""
+    return grad_loss * grad_logprobs, grad_loss * grad_values, grad_loss * grad_entropy
+
+
+def _policy(
+    log_ratio: Tensor, advantages: Tensor, low: float, high: float, dual_clip: float | None, clamp: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ratio, loss, its derivative by the logprob, and 1 where the clipped loss is the larger one."""
+    ratio = log_ratio.clamp(-clamp, clamp).exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(low, high)
+    inside = (ratio >= low) & (ratio <= high)
+    loss, share = _larger(unclipped, clipped, inside)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        # Where two branches are equal each has half of the gradient, as torch.minimum and torch.maximum have it.
+        share = torch.where(advantages < 0, share * ((loss < bound) + 0.5 * (loss == bound)), share)
+        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    slope = torch.where(log_ratio.abs() <= clamp, unclipped * share, 0)
+    return ratio, loss, slope, (clipped > unclipped).to(loss.dtype)
+
+
+def _value(values: Tensor, old: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its derivative by the value, and 1 where the clipped loss is the larger one."""
+    error = values - returns
+    low, high = old - cliprange, old + cliprange
+    clipped_error = torch.clamp(values, low, high) - returns
+    inside = (values >= low) & (values <= high)
+    loss, share = _larger(error**2, clipped_error**2, inside)
+    return loss / 2, error * share, (clipped_error**2 > error**2).to(error.dtype)
+
+
+def _larger(unclipped: Tensor, clipped: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger loss, and the share of the unclipped one's derivative that it has."""
+    tied = 0.5 * (1 + inside.to(unclipped.dtype))  # inside of the range the clipped loss has the same derivative
+    share = torch.where(unclipped == clipped, tied, (unclipped > clipped).to(unclipped.dtype))
+    return torch.maximum(unclipped, clipped), share
+
+
+def kl_and_slope(
+    difference: Tensor,  # [...], logprob - ref_logprob
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """An estimate of KL(policy || reference) per token (Schulman 2020), and its derivative by the logprob."""
+    if kind == "k1":
+        return difference, torch.ones_like(difference)
+    if kind == "k2":
+        return difference**2 / 2, difference
+    if kind == "abs":
+        return difference.abs(), difference.sign()
+    return torch.expm1(-difference) + difference, -torch.expm1(-difference)
+
+
+def _weights(mask: Tensor, aggregate: str, denominator: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight of each token, so that ``sum(weights * x)`` is the aggregate of x."""
+    weights = mask.to(dtype)
+    count = weights.new_ones(())
+    if aggregate == "token_mean":
+        count = weights.sum()
+    elif aggregate != "token_sum":
+        tokens = weights.sum(-1, keepdim=True)
+        count = (tokens > 0).to(dtype).sum()
+        if aggregate == "seq_mean_token_mean":
+            weights = weights / tokens.clamp(min=1)
+    return torch.where(mask, weights / (count.clamp(min=1) if denominator is None else denominator), 0)
+
+
+def _bounds(cliprange: float | tuple[float, float]) -> tuple[float, float]:
+    low, high = cliprange if isinstance(cliprange, tuple | list) else (cliprange, cliprange)
+    for bound in (low, high):
+        check_range("ppo_loss", "cliprange", bound, 0.0, inf)
+    return float(low), float(high)
+
+
+def _divisor(denominator: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    if denominator is None:
+        return None
+    if isinstance(denominator, Tensor):
+        rule, dtypes = "a number or 0-d", FLOATS + INTEGERS
+        check_tensor("ppo_loss", "denominator", denominator, dtypes=dtypes, shape=(), rule=rule, device=device)
+        return denominator.detach().to(dtype)
+    if not 0 < denominator < inf:
+        raise ValueError(f"ppo_loss: denominator must be finite and above 0, got {denominator}")
+    return torch.full((), denominator, dtype=dtype, device=device)
+
+
+def _fake(logprobs: Tensor, *rest: Any, **__: Any) -> tuple[Tensor, ...]:
+    values, entropy = (rest[i] if len(rest) > i else None for i in (3, 6))
+    shapes = (), (len(STATS),), logprobs.shape, *((0,) if t is None else t.shape for t in (values, entropy))
+    return tuple(logprobs.new_empty(shape) for shape in shapes)
+
+
+def _fake_backward(grad_loss: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    return tuple(g.new_empty(g.shape) for g in grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.has_values, ctx.has_entropy = inputs[4] is not None, inputs[7] is not None
+
+
+def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
+    logprobs, values, entropy = _ppo_loss_backward(grad_loss, *ctx.saved_tensors)
+    values, entropy = values if ctx.has_values else None, entropy if ctx.has_entropy else None
+    return logprobs, None, None, None, values, None, None, entropy, None, None
+
+
+_ppo_loss_backward = define(
+    "ppo_loss_backward(Tensor grad_loss, Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy) "
+    "-> (Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
+)
+_ppo_loss = define(
+    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values=None, "
+    "Tensor? old_values=None, Tensor? returns=None, Tensor? entropy=None, Tensor? ref_logprobs=None, "
+    "Tensor? denominator=None, *, float cliprange_low, float cliprange_high, float cliprange_value, float vf_coef, "
+    "float entropy_coef, float kl_coef, str kl, float? dual_clip, float log_ratio_clamp, str aggregate) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    _fake,
+    backward=_gradient,
+    setup_context=_setup_context,
+)
