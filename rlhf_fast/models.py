@@ -8,6 +8,8 @@ positions counted from it, so that neither the side nor the amount of padding ch
 import copy
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.pretrained import read_config, read_model, read_tokenizer
+from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer
 
-SCALAR = "ForSequenceClassification"
 NOISE = re.compile(r"drop|jitter")
 
 
@@ -51,7 +52,7 @@ def load_policy(source: Any, *, dtype: torch.dtype | str = torch.float32) -> Any
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
-    if _is_scalar(config):
+    if is_scalar(config):
         raise ValueError(f"{source} holds a model with a scalar head ({config.architectures[0]}), not a language model")
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"{source} holds a {config.model_type} model, which is not a causal language model")
@@ -74,7 +75,7 @@ def load_scalar_model(source: Any, *, zero_head: bool = False, dtype: torch.dtyp
             return without_dropout(copy.deepcopy(source))
         return _with_head(copy.deepcopy(inner.base_model), inner, zero_head)
     config = read_config(source)
-    if not _is_scalar(config):
+    if not is_scalar(config):
         model = load_policy(source, dtype=dtype)
         return _with_head(model.base_model, model, zero_head)
     if config.num_labels != 1:
@@ -185,6 +186,18 @@ def sequence_scores(
     return values.gather(1, last[:, None]).squeeze(1)
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``."""
     inner = unwrap(model)
@@ -231,10 +244,6 @@ def _with_head(backbone: nn.Module, policy: Any, zero_head: bool) -> Any:
     setattr(model, model.base_model_prefix, backbone)
     model.score = head
     return without_dropout(model.train(policy.training))
-
-
-def _is_scalar(config: Any) -> bool:
-    return any(name.endswith(SCALAR) for name in config.architectures or [])
 
 
 def _scalar_class(config: Any, policy_class: type | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+SCALAR = "ForSequenceClassification"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -36,6 +37,11 @@ def read(reader: Any, source: str | Path, **options: Any) -> Any:
     finally:
         logging.set_verbosity(before)
     raise ValueError(f"{source} {'cannot be loaded' if is_local(source) else 'is no folder here'}: {reason}")
+
+
+def is_scalar(config: Any) -> bool:
+    """Whether the model of ``config`` was saved with a scalar head rather than as a language model."""
+    return any(name.endswith(SCALAR) for name in config.architectures or [])
 
 
 def read_config(source: str | Path) -> Any:
