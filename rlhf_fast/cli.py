@@ -137,6 +137,7 @@ def run_command(name: str, argv: list[str]) -> None:
         print(doctor())
         return
     sources, config, words = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
+    quieten()
     if name == "generate":
         generate(sources, config, words)
     elif name == "demo":
@@ -146,6 +147,14 @@ def run_command(name: str, argv: list[str]) -> None:
         if name == "ppo":
             sources["reward"] = reward_function(sources["reward"])
         trainer(sources.pop("model"), **sources, config=config).train()
+
+
+def quieten() -> None:
+    """Leave the terminal to our own progress bar: transformers draws one for each load and each save."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer"}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.losses import kl_estimate, masked_mean
+
 
 @dataclass
 class Rollout:
@@ -42,6 +44,17 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def sequence_scores(self) -> Tensor:
+        """``[B]``: the score of each response, summed over its tokens where the reward is dense."""
+        assert self.scores is not None
+        return self.scores if self.scores.dim() == 1 else torch.where(self.mask, self.scores, 0).sum(1)
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """``prompt``, ``response`` and ``score`` of the first ``count`` sequences."""
+        scores = self.sequence_scores()[:count].tolist()
+        texts = zip(self.prompts, self.texts, scores, strict=False)
+        return [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in texts]
+
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU."""
         at, picked = rows.to(self.mask.device), rows.tolist()
@@ -54,3 +67,30 @@ class Rollout:
                 chosen[field.name] = [value[row] for row in picked]
         chosen["columns"] = {name: [column[row] for row in picked] for name, column in self.columns.items()}
         return Rollout(**chosen)
+
+
+def statistics(
+    rollout: Rollout,
+    rewards: Tensor,  # [B, T]
+    returns: Tensor,  # [B, T]
+) -> dict[str, Tensor]:
+    """What a scored rollout looks like, each a 0-d tensor.
+
+    ``kl`` is the mean over the responses of the sum over their tokens of ``log policy - log reference``, in nats;
+    ``rewards`` that of the token rewards; ``explained_variance`` the share of the returns' variance that the values
+    account for.
+    """
+    mask, (unexplained, whole) = rollout.mask, (_variance(x, rollout.mask) for x in (returns - rollout.values, returns))
+    kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs)
+    return {
+        "kl": torch.where(mask, kl, 0).sum(1).mean(),
+        "scores": rollout.sequence_scores().mean(),
+        "rewards": rewards.sum(1).mean(),
+        "response_length": mask.sum(1).float().mean(),
+        "ended": rollout.ended.float().mean(),
+        "explained_variance": 1 - unexplained / whole,
+    }
+
+
+def _variance(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

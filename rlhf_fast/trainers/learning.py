@@ -61,6 +61,11 @@ def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -
     return torch.stack([accelerator.clip_grad_norm_(model.parameters(), max_norm).float() for model in models])
 
 
+def numbers(stats: dict[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as Python numbers, with one wait for the device."""
+    return dict(zip(stats, torch.stack([value.float() for value in stats.values()]).tolist(), strict=True))
+
+
 def check_finite(optimizer: torch.optim.Optimizer, loss: float, norms: list[float]) -> None:
     """Raise ``FloatingPointError`` and drop the gradient unless the loss and every norm are finite."""
     for name, value in (("loss", loss), *(("gradient norm", norm) for norm in norms)):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import data, models, ops
-from rlhf_fast.generate import decode, stop_tokens
-from rlhf_fast.losses import AdaptiveKL, kl_estimate
-from rlhf_fast.rewards import check_scores, load_reward, shape_rewards
-from rlhf_fast.rollout import Rollout
+from rlhf_fast.generate import decode, stop_tokens, texts_of
+from rlhf_fast.losses import AdaptiveKL, whiten
+from rlhf_fast.rewards import ModelReward, check_scores, load_reward, shape_rewards
+from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers.options import option, validate
 from rlhf_fast.trainers.run import Run, check_folder, drive, save_state, stream
@@ -70,9 +70,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         validate(self)
         if self.minibatch_size > self.batch_size:
-            raise ValueError(
-                f"PPOConfig.minibatch_size must be at most batch_size ({self.batch_size}), got {self.minibatch_size}"
-            )
+            raise ValueError(f"PPOConfig.minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}")
 
 
 class PPOTrainer:
@@ -109,13 +107,15 @@ class PPOTrainer:
         self.output_dir = output_dir
         self.accelerator = learning.accelerator()
         device = self.device = self.accelerator.device
+        records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         policy = models.load_policy(model)
-        self.prompts = self._read(prompts, models.context_length(policy))
+        self.prompts = self._tokenise(records, models.context_length(policy))
         self.policy = learning.trainable(policy, device)
-        self.reference = models.frozen_copy(models.load_policy(reference) if reference else self.policy).to(device)
-        self.critic = learning.trainable(self._load_critic(critic, reward), device)
-        self.reward = load_reward(reward, self.tokenizer)
+        kept = self.policy if reference is None else models.load_policy(reference)
+        self.reference = models.frozen_copy(kept).to(device)
+        self.reward = load_reward(reward, self.tokenizer, device=device)
+        self.critic = learning.trainable(self._load_critic(critic), device)
         self.stop_ids = stop_tokens(self.policy, self.tokenizer)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
@@ -125,16 +125,14 @@ class PPOTrainer:
         self.done = self.updates = 0  # PPO steps, optimizer steps
         self.samples: list[dict[str, Any]] = []
 
-    def _read(self, source: Any, context: int | None) -> list[data.Prompt]:
+    def _tokenise(self, records: list[data.Record], context: int | None) -> list[data.Prompt]:
         c = self.config
-        room = (
-            c.max_prompt_length if context is None else min(c.max_prompt_length or context, context - c.max_new_tokens)
-        )
-        if room is not None and room < 1:
-            raise ValueError(
-                f"PPOConfig.max_new_tokens is {c.max_new_tokens}: the model's context of {context} is full"
-            )
-        return data.prompt_examples(data.read_records(source), self.tokenizer, max_length=room, overlong=c.overlong)
+        room = c.max_prompt_length
+        if context is not None:
+            room = min(room or context, context - c.max_new_tokens)
+            if room < 1:
+                raise ValueError(f"PPOConfig.max_new_tokens {c.max_new_tokens} fills the model's context of {context}")
+        return data.prompt_examples(records, self.tokenizer, max_length=room, overlong=c.overlong)
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the policy in ``output_dir``; returns the last metrics."""
@@ -160,35 +158,32 @@ class PPOTrainer:
         rewards = self.score(rollout)
         advantages, returns = ops.gae(rewards, rollout.values, rollout.mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages:
-            advantages = ops.whiten(advantages, rollout.mask)
-        before = self.describe(rollout, rewards, returns)
+            advantages = whiten(advantages, rollout.mask)
+        before = learning.numbers(statistics(rollout, rewards, returns))
         stats = self.update(rollout, advantages, returns) | before | {"kl_coef": self.kl_coef, "lr": rate}
         if self.kl_control is not None:
             self.kl_coef = self.kl_control.update(stats["kl"], len(rollout))
-        self.done += 1
+        self.done, self.samples = self.done + 1, rollout.samples(4)
         return stats
 
     @torch.no_grad()
     def rollout(self, batch: list[data.Prompt]) -> Rollout:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
         c, device = self.config, self.device
-        prompt_ids, prompt_mask = (
-            x.to(device) for x in data.pad([example.ids for example in batch], self.tokenizer.pad_token_id, side="left")
-        )
+        ids = [example.ids for example in batch]
+        prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, self.tokenizer.pad_token_id, side="left"))
         seeds = torch.randint(2**62, (len(batch),), generator=stream(c.seed, SEEDS, self.done))
         with learning.autocast(device, c.precision):
             written = decode(
                 self.policy, prompt_ids, prompt_mask, max_new_tokens=c.max_new_tokens, stop_ids=self.stop_ids,
                 pad_id=self.tokenizer.pad_token_id, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                seeds=seeds.to(device),
+                seeds=seeds,
             )  # fmt: skip
-        kept = [ids[mask] for ids, mask in zip(written.responses.cpu(), written.mask.cpu(), strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         unread = torch.zeros_like(written.logprobs)
         columns = {name: [example.columns[name] for example in batch] for name in batch[0].columns}
         rollout = Rollout(
-            [example.prompt for example in batch], texts, columns, prompt_ids, prompt_mask, written.responses, written.mask,
-            written.ended, unread, unread, unread,
+            [example.prompt for example in batch], texts_of(written, self.tokenizer), columns, prompt_ids, prompt_mask,
+            written.responses, written.mask, written.ended, unread, unread, unread,
         )  # fmt: skip
         parts = [rollout.select(rows) for rows in torch.arange(len(batch)).split(self.forward_size)]
         rollout.old_logprobs = torch.cat([self.read(self.policy, part).logprobs for part in parts])
@@ -200,9 +195,8 @@ class PPOTrainer:
         """Logprob and entropy of every response token under ``model``."""
         with learning.autocast(self.device, self.config.precision):
             logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-        return ops.logprobs(
-            logits[:, :-1], rollout.responses, temperature=self.config.temperature, mask=rollout.mask
-        )  # the logits at a token are those of the next one
+        # The logits at a token are those of the next one.
+        return ops.logprobs(logits[:, :-1], rollout.responses, temperature=self.config.temperature, mask=rollout.mask)
 
     def value(self, rollout: Rollout) -> Tensor:
         """The critic's value ``[B, T]`` of the state before each response token."""
@@ -216,7 +210,7 @@ class PPOTrainer:
         c = self.config
         with learning.autocast(self.device, c.precision):
             scores = self.reward(rollout.prompts, rollout.texts, **rollout.columns)
-        scores = check_scores(scores, len(rollout), rollout.texts).to(self.device)
+        scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts).to(self.device)
         rollout.scores = scores
         if c.missing_eos_penalty is not None:
             scores = scores - torch.where(rollout.ended, 0.0, c.missing_eos_penalty)
@@ -224,7 +218,7 @@ class PPOTrainer:
             scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask,
             kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores,
         )  # fmt: skip
-        return ops.whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
+        return whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """``ppo_epochs`` passes of clipped updates, fewer if the policy has moved by ``stop_kl``."""
@@ -255,7 +249,7 @@ class PPOTrainer:
                 total[name] = merge(total[name], value) if name in total else value
         norms = learning.clip_gradients(self.accelerator, [self.policy, self.critic], self.config.max_grad_norm)
         total |= {"grad_norm": norms[0], "critic_grad_norm": norms[1]}
-        numbers = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))  # the only wait for the GPU
+        numbers = learning.numbers(total)  # the only wait for the device
         learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"], numbers["critic_grad_norm"]])
         return numbers
 
@@ -268,23 +262,6 @@ class PPOTrainer:
             vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, denominator=tokens,
         )  # fmt: skip
 
-    def describe(self, rollout: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, float]:
-        """Statistics of a rollout before the update; keeps a few of its samples."""
-        mask, scores = rollout.mask, rollout.scores
-        per_response = scores if scores.dim() == 1 else torch.where(mask, scores, 0).sum(1)
-        unexplained = ops.masked_variance(returns - rollout.values, mask)
-        stats = {
-            "kl": kl_estimate(rollout.old_logprobs, rollout.ref_logprobs).where(mask, 0).sum(1).mean(),
-            "scores": per_response.mean(),
-            "rewards": rewards.sum(1).mean(),
-            "response_length": mask.sum(1).float().mean(),
-            "ended": rollout.ended.float().mean(),
-            "explained_variance": 1 - unexplained / ops.masked_variance(returns, mask),
-        }
-        few = zip(rollout.prompts[:4], rollout.texts[:4], per_response[:4].tolist(), strict=True)
-        self.samples = [{"prompt": p, "response": r, "score": s} for p, r, s in few]
-        return dict(zip(stats, torch.stack([s.float() for s in stats.values()]).tolist(), strict=True))
-
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""
         if self.config.sample_every and step % self.config.sample_every == 0:
@@ -295,9 +272,7 @@ class PPOTrainer:
         """Write a checkpoint: policy, critic and the numbers between two steps."""
         self.save_model(folder)
         models.save(self.critic, self.tokenizer, folder / "critic")
-        control = None if self.kl_control is None else self.kl_control.state_dict()
-        state = {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef, "kl_control": control}
-        save_state(folder, state)
+        save_state(folder, {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef})
 
     def save_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as ``save_pretrained`` does."""
@@ -308,13 +283,16 @@ class PPOTrainer:
         """Responses per forward pass."""
         return self.config.micro_batch_size or self.config.minibatch_size
 
-    def _load_critic(self, critic: Any, reward: Any) -> nn.Module:
+    def _load_critic(self, critic: Any) -> nn.Module:
         """The critic asked for, else the reward model's copy if it reads the policy's tokens, else a new head."""
+        reward = self.reward
+        if critic is None and isinstance(reward, ModelReward):
+            critic = reward.model if reward.tokenizer.get_vocab() == self.tokenizer.get_vocab() else None
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            if critic is not None:
-                return models.load_scalar_model(critic)
-            return models.load_scalar_model(self.policy, zero_head=True)
+            if critic is None:
+                return models.load_scalar_model(self.policy, zero_head=True)
+            return models.load_scalar_model(critic)
 
 
 def _mean(taken: list[dict[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models
+from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers.options import option, validate
@@ -67,23 +68,23 @@ class RewardTrainer:
     ) -> None:
         check_folder(output_dir)
         self.config, self.output_dir = config or RewardConfig(), output_dir
+        records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             scorer = models.load_scalar_model(model)
         self.max_length = self.config.max_length or models.context_length(scorer)
-        self.pairs = self._read(data)
-        self.eval_pairs = [] if eval_data is None else self._read(eval_data)
+        self.pairs = self._tokenise(records)
+        self.eval_pairs = self._tokenise(eval_records) if eval_records else []
         self.accelerator = learning.accelerator()
         self.model = learning.trainable(scorer, self.accelerator.device)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.pairs) / self.config.batch_size)
         self.done = self.updates = 0
 
-    def _read(self, source: Any) -> list[data.Pair]:
-        return data.pair_examples(
-            data.read_records(source), self.tokenizer, max_length=self.max_length, overlong=self.config.overlong
-        )
+    def _tokenise(self, records: list[data.Record]) -> list[data.Pair]:
+        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
+        return data.pair_examples(records, self.tokenizer, **limits)
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the reward model in ``output_dir``; returns the last metrics."""

@@ -161,10 +161,11 @@ def drive(trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable
             updates = trainer.updates
             try:
                 stats = trainer.step(batch)
-            except FloatingPointError as error:
+            except (FloatingPointError, ValueError) as error:
                 if trainer.updates == updates and done:  # nothing of this step has reached the weights
                     run.checkpoint(done, trainer.save)
-                raise FloatingPointError(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
+                kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+                raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
             done += 1
             run.log(done, stats | trainer.after(done, run), live=live)
             run.bar.update()

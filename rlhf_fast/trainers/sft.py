@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models, ops
+from rlhf_fast.data import read_records
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers.options import option, validate
 from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, save_state
@@ -65,20 +66,21 @@ class SFTTrainer:
     ) -> None:
         check_folder(output_dir)
         self.config, self.output_dir = config or SFTConfig(), output_dir
+        records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         policy = models.load_policy(model)
         self.max_length = self.config.max_length or models.context_length(policy)
-        self.examples = self._read(data)
-        self.eval_examples = [] if eval_data is None else self._read(eval_data)
+        self.examples = self._tokenise(records)
+        self.eval_examples = self._tokenise(eval_records) if eval_records else []
         self.accelerator = learning.accelerator()
         self.model = learning.trainable(policy, self.accelerator.device)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
 
-    def _read(self, source: Any) -> list[data.Example]:
-        records = data.read_records(source)
-        return data.sft_examples(records, self.tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+    def _tokenise(self, records: list[data.Record]) -> list[data.Example]:
+        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
+        return data.sft_examples(records, self.tokenizer, **limits)
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the model in ``output_dir``; returns the last metrics."""
