@@ -14,19 +14,19 @@ namespace rlhf_fast::cuda {
 namespace {
 
 // So many registers may a thread take; left to itself the compiler spills some kernels to fit in more blocks.
-template <class T>
-constexpr int BLOCKS_PER_SM = sizeof(T) == 4 ? 3 : 2;
+template <class T, bool UNIT>
+constexpr int BLOCKS_PER_SM = UNIT ? (sizeof(T) == 4 ? 3 : 2) : 1;
 
 // Block b < B takes sequence b; with cu_seqlens block B clears what lies outside of all sequences.
-template <class T, bool ZERO>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_kernel(Arguments<T> args) {
+template <class T, bool UNIT>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, UNIT>) gae_kernel(Arguments<T> args) {
   if (blockIdx.x == args.sequences) {
     clear(args, 0, 0, offset(args, 0));
     clear(args, 0, offset(args, args.sequences), args.tokens);
     return;
   }
-  const Sequence<T> seq(args, blockIdx.x);
-  const T full = power_of_lane(args.gamma_lam);
+  const Sequence<T, UNIT> seq(args, blockIdx.x);
+  const T power = power_of_lane(args.gamma_lam);
   const int64_t last = last_valid(seq);
   clear(args, blockIdx.x, last + 1, seq.end);
   Items<T> items, following;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_kernel(Argument
   T u = seq.first;
   for (int64_t top = last; top >= seq.start; top -= CHUNK) {
     following.load(seq, top - CHUNK);  // in flight while this chunk is scanned
-    const Scan<T> scan = scan_chunk<T, ZERO>(items, args.gamma, args.gamma_lam, full);
+    const Scan<T> scan = scan_chunk(items, args, power);
     store(seq, top, items, scan, u);
     u = scan.all(u);
     items = following;
@@ -64,16 +64,16 @@ __device__ Place place_of_block(const Arguments<T>& args) {
 }
 
 // First launch: what each chunk makes of what it is handed, kept in the outputs at the chunk's last token.
-template <class T, bool ZERO>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_chunk_kernel(Arguments<T> args) {
+template <class T, bool UNIT>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, UNIT>) gae_chunk_kernel(Arguments<T> args) {
   const Place place = place_of_block(args);
   if (place.index < 0) return;
-  const Sequence<T> seq(args, place.sequence);
+  const Sequence<T, UNIT> seq(args, place.sequence);
   const int64_t top = last_valid(seq) - place.index * CHUNK;
   if (top < seq.start) return;
   Items<T> items;
   items.load(seq, top);
-  const Affine<T> all = scan_chunk<T, ZERO>(items, args.gamma, args.gamma_lam, power_of_lane(args.gamma_lam)).all;
+  const Affine<T> all = scan_chunk(items, args, power_of_lane(args.gamma_lam)).all;
   if (threadIdx.x == 0) {
     seq.advantages[top] = all.a;
     seq.returns[top] = all.b;
@@ -82,10 +82,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_chunk_kernel(Ar
 
 // Second launch, a block per sequence: what each chunk is handed, in the order in which gae_kernel comes to it.
 template <class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_carry_kernel(Arguments<T> args) {
+__global__ void __launch_bounds__(THREADS) gae_carry_kernel(Arguments<T> args) {
   __shared__ Affine<T> chunks[THREADS];
   __shared__ T handed[THREADS];
-  const Sequence<T> seq(args, blockIdx.x);
+  const Sequence<T, false> seq(args, blockIdx.x);
   T u = seq.first;
   for (int64_t top = last_valid(seq); top >= seq.start; top -= int64_t(THREADS) * CHUNK) {
     const int64_t mine = top - int64_t(threadIdx.x) * CHUNK;
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_carry_kernel(Ar
 }
 
 // Third launch: the chunks once more, now with what they are handed.
-template <class T, bool ZERO>
-__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_apply_kernel(Arguments<T> args) {
+template <class T, bool UNIT>
+__global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, UNIT>) gae_apply_kernel(Arguments<T> args) {
   if (args.cu_seqlens) {  // this block's share of what lies outside of all sequences
     const int64_t from = int64_t(blockIdx.x) * CHUNK, to = min(from + CHUNK, args.tokens);
     clear(args, 0, from, min(to, offset(args, 0)));
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_apply_kernel(Ar
   }
   const Place place = place_of_block(args);
   if (place.index < 0) return;
-  const Sequence<T> seq(args, place.sequence);
+  const Sequence<T, UNIT> seq(args, place.sequence);
   const int64_t last = last_valid(seq), top = last - place.index * CHUNK;
   const int64_t behind = last + 1 + place.index * CHUNK;  // this block's share of the padding
   clear(args, place.sequence, behind, min(behind + CHUNK, seq.end));
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T>) gae_apply_kernel(Ar
   const T u = seq.advantages[top];  // read by all before the scan's barrier, overwritten after it
   Items<T> items;
   items.load(seq, top);
-  const Scan<T> scan = scan_chunk<T, ZERO>(items, args.gamma, args.gamma_lam, power_of_lane(args.gamma_lam));
+  const Scan<T> scan = scan_chunk(items, args, power_of_lane(args.gamma_lam));
   store(seq, top, items, scan, u);
 }
 
@@ -131,21 +131,21 @@ bool few_and_long(int64_t sequences, int64_t longest, int64_t tokens) {
   return sequences <= 64 && longest >= 16 * CHUNK && tokens >= 4 * CHUNK * sequences;
 }
 
-template <class T, bool ZERO>
+template <class T, bool UNIT>
 void run(const Arguments<T>& args, cudaStream_t stream) {
   const bool packed = args.cu_seqlens != nullptr;
   const int64_t all = packed ? args.tokens : args.sequences * args.tokens;
   if (args.sequences > 0 && few_and_long(args.sequences, args.tokens, all)) {
     const int64_t chunks =
         packed ? args.tokens / CHUNK + args.sequences : args.sequences * ((args.tokens + CHUNK - 1) / CHUNK);
-    launch(gae_chunk_kernel<T, ZERO>, "gae_chunk_kernel", chunks, THREADS, stream, args);
+    launch(gae_chunk_kernel<T, UNIT>, "gae_chunk_kernel", chunks, THREADS, stream, args);
     launch(gae_carry_kernel<T>, "gae_carry_kernel", args.sequences, THREADS, stream, args);
-    launch(gae_apply_kernel<T, ZERO>, "gae_apply_kernel", chunks, THREADS, stream, args);
+    launch(gae_apply_kernel<T, UNIT>, "gae_apply_kernel", chunks, THREADS, stream, args);
     return;
   }
   const int64_t spans = (args.tokens + SPAN - 1) / SPAN;  // of the longest sequence there may be
   const int threads = WARP * static_cast<int>(spans < WARPS ? spans : WARPS);
-  launch(gae_kernel<T, ZERO>, "gae_kernel", args.sequences + packed, threads, stream, args);
+  launch(gae_kernel<T, UNIT>, "gae_kernel", args.sequences + packed, threads, stream, args);
 }
 
 template <class T>
@@ -189,8 +189,11 @@ void run(const View& rewards, const View& values, const View& mask, const View& 
                              cu_seqlens ? cu_seqlens.shape[0] - 1 : rewards.shape[0],
                              rewards.shape[rewards.dims - 1],
                              static_cast<T>(gamma),
-                             static_cast<T>(gamma * lam)};
-  zero ? run<T, true>(args, stream) : run<T, false>(args, stream);
+                             static_cast<T>(gamma * lam),
+                             zero};
+  bool unit = true;
+  for (const View* view : {&rewards, &values, &mask, &advantages, &returns}) unit &= view->stride[view->dims - 1] == 1;
+  unit ? run<T, true>(args, stream) : run<T, false>(args, stream);
 }
 
 }  // namespace
