@@ -130,11 +130,18 @@ class ModelReward:
         return scores
 
 
-def check_scores(scores: Any, batch_size: int, responses: Sequence[str] = (), *, prompts: Sequence[str] = ()) -> Tensor:
-    """What a reward returned as a float32 tensor, ``[B]`` or ``[B, T]``.
+def check_scores(
+    scores: Any,
+    batch_size: int,
+    responses: Sequence[str] = (),
+    *,
+    prompts: Sequence[str] = (),
+    mask: Tensor | None = None,  # [B, T], bool
+) -> Tensor:
+    """What a reward returned as a float32 tensor, ``[B]`` or ``[B, T]``; with ``mask`` of its shape and on its device.
 
     Raises ``TypeError`` if it is no list, array or tensor of numbers, ``ValueError`` if it has not one row per prompt
-    or if one is NaN or infinite; the error names the prompt by its number and by its text or its response.
+    or if one that counts is NaN or infinite; the error names the prompt by its number and by its text or response.
     """
     try:
         if isinstance(scores, (list, tuple)) and any(isinstance(score, Tensor) for score in scores):
@@ -146,12 +153,13 @@ def check_scores(scores: Any, batch_size: int, responses: Sequence[str] = (), *,
     if found.dim() == 0 or found.dim() > 2 or found.shape[0] != batch_size:
         shape = list(found.shape)
         raise ValueError(f"the reward must return one score for each of {batch_size} prompts, got shape {shape}")
-    found = found.float()
-    wrong = ~found.isfinite().reshape(batch_size, -1).all(1)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        value = found[row].reshape(-1)
-        value = value[~value.isfinite()][0].item()
+    if mask is not None and found.dim() == 2 and found.shape != mask.shape:
+        raise ValueError(f"the reward must return [B] or [B, T] of {list(mask.shape)}, got shape {list(found.shape)}")
+    found = found.float() if mask is None else found.to(mask.device, torch.float32)
+    valid = torch.ones_like(found, dtype=torch.bool) if mask is None or found.dim() == 1 else mask
+    wrong = (valid & ~found.isfinite()).nonzero()
+    if len(wrong):
+        row, value = int(wrong[0, 0]), found[tuple(wrong[0])].item()
         texts = [f"{name} {_short(said[row])}" for name, said in (("prompt", prompts), ("response", responses)) if said]
         raise ValueError(
             f"the reward of prompt {row + 1} of {batch_size} is {value}{': ' if texts else ''}{', '.join(texts)}"

@@ -193,3 +193,9 @@ def test_check_scores():
         check_scores([1, NAN], 2, ["a", long], prompts=["p", "q"])
     with pytest.raises(ValueError, match=r"the reward of prompt 1 of 2 is -inf$"):
         check_scores([[0.0, -torch.inf], [1.0, 1.0]], 2)
+    mask = torch.tensor([[True, False], [True, True]])
+    assert check_scores([[0.0, NAN], [1.0, 1.0]], 2, mask=mask).shape == (2, 2)
+    with pytest.raises(ValueError, match="the reward of prompt 2 of 2 is nan"):
+        check_scores([[0.0, NAN], [1.0, NAN]], 2, mask=mask)
+    with pytest.raises(ValueError, match=r"\[B, T\] of \[2, 2\], got shape \[2, 3\]"):
+        check_scores(torch.zeros(2, 3), 2, mask=mask)
