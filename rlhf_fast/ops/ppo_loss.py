@@ -127,15 +127,15 @@ def ppo_loss(
 
 
 def reference(
-    logprobs: Tensor,  # [B, T] or [N], as all that follow but denominator
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,  # bool
-    values: Tensor | None = None,
-    old_values: Tensor | None = None,
-    returns: Tensor | None = None,
-    entropy: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
+    logprobs: Tensor,  # [B, T] or [N]
+    old_logprobs: Tensor,  # [B, T] or [N]
+    advantages: Tensor,  # [B, T] or [N]
+    mask: Tensor,  # [B, T] or [N], bool
+    values: Tensor | None = None,  # [B, T] or [N]
+    old_values: Tensor | None = None,  # [B, T] or [N]
+    returns: Tensor | None = None,  # [B, T] or [N]
+    entropy: Tensor | None = None,  # [B, T] or [N]
+    ref_logprobs: Tensor | None = None,  # [B, T] or [N]
     denominator: Tensor | None = None,  # []
     *, cliprange_low: float, cliprange_high: float, cliprange_value: float, vf_coef: float, entropy_coef: float,
     kl_coef: float, kl: str, dual_clip: float | None, log_ratio_clamp: float, aggregate: str,

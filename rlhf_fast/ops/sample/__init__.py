@@ -145,7 +145,7 @@ def _rows(given: dict[str, Any]) -> tuple[Tensor, ...]:
         top = scores.amax(-1)
     policy = _softmax(raw, temperature)
     drawn = policy if scores is raw else _softmax(scores, temperature)
-    keep = kept(scores, drawn.weights, temperature, top_k, top_p, min_p)
+    keep = kept(scores, drawn.logits, drawn.weights, temperature, top_k, top_p, min_p)
     tree = drawn.tree if keep is None else sum_tree(torch.where(keep, drawn.weights, 0))
     total = tree[-1][:, 0]
     ids = invert(tree, uniform(given["seeds"], given["positions"]) * total)

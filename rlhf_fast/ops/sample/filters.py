@@ -42,7 +42,8 @@ def divided(
 
 def kept(
     scores: Tensor,  # [B, V], not yet divided
-    weights: Tensor,  # [B, V], exp(score / temperature), the largest is 1
+    logits: Tensor,  # [B, V], divided and shifted so that the largest is 0, float64
+    weights: Tensor,  # [B, V], exp of them
     temperature: Tensor | None,  # [B]
     top_k: Tensor | None,  # [B], int64
     top_p: Tensor | None,  # [B]
@@ -55,9 +56,9 @@ def kept(
         # transformers compares after the division, in the scores' precision: different logits may tie there.
         scaled = divided(scores, temperature)
         keep = scaled >= _kth_largest(scaled, top_k)[:, None]
-        weights = torch.where(keep, weights, 0)
+        logits, weights = torch.where(keep, logits, -inf), torch.where(keep, weights, 0)
     if top_p is not None:
-        nucleus = _nucleus(weights, top_p, scores.dtype)
+        nucleus = _nucleus(logits, weights, top_p, scores.dtype)
         keep = nucleus if keep is None else keep & nucleus
     if likely is None:
         return keep
@@ -87,10 +88,10 @@ def _kth_largest(scaled: Tensor, top_k: Tensor) -> Tensor:
     return torch.where(on, at(_largest(scaled, size), k - 1), -inf)
 
 
-def _nucleus(weights: Tensor, top_p: Tensor, dtype: torch.dtype) -> Tensor:
+def _nucleus(logits: Tensor, weights: Tensor, top_p: Tensor, dtype: torch.dtype) -> Tensor:
     """Which tokens top-p keeps: all but the longest tail, lightest first, whose mass is at most ``1 - top_p``.
 
-    Of equal weights the last ids are kept. transformers compares a float32 sum with a float32 threshold, which is to
+    Of equal logits the last ids are kept. transformers compares a float32 sum with a float32 threshold, which is to
     compare the exact sum with the middle between that threshold and the next float32.
     """
     share = torch.where(top_p >= 1, 1.0, 1 - top_p)
@@ -103,12 +104,12 @@ def _nucleus(weights: Tensor, top_p: Tensor, dtype: torch.dtype) -> Tensor:
         # Rounded up to a power of two, so that a row's tree of sums does not depend on the other rows.
         heavy = (weights * (2 * size) >= (share * total)[:, None]).sum(-1).max()
         size = min(size, 1 << int(heavy).bit_length())
-    largest = _largest(weights, size)
+    largest = _largest(logits, size)
     # The first token at which the sum from the top reaches total - tail is the last one kept.
     reach = torch.nextafter(total * (1 - tail), torch.full_like(total, -inf))
-    last = invert(sum_tree(largest), reach)
+    last = invert(sum_tree(largest.exp()), reach)
     edge = at(largest, last)[:, None]
-    above, ties = weights > edge, weights == edge
+    above, ties = logits > edge, logits == edge
     missing = last + 1 - above.sum(-1)
     from_the_end = ties.flip(-1).cumsum(-1).flip(-1)
     return above | (ties & (from_the_end <= missing[:, None])) | (top_p >= 1)[:, None]
