@@ -1,6 +1,7 @@
 """Columns to text: what a record says as prompt and answers, be they strings or conversations."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from rlhf_fast.records import DataError, Record, kind
@@ -82,19 +83,18 @@ def split_pair(record: Record) -> Record:
     that they share (Anthropic's HH format), or, if they share none, with the last word before those that differ: there
     no token of a prompt can reach into its answer.
     """
-    if isinstance(record.get("chosen"), list) or isinstance(record.get("rejected"), list):
-        a, b = messages(record, "chosen"), messages(record, "rejected")
-        shared = _alike(a, b)
-        if a == b:
-            raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
+    conversations = isinstance(record.get("chosen"), list) or isinstance(record.get("rejected"), list)
+    read: Callable[[Record, str], Any] = messages if conversations else text
+    a, b = read(record, "chosen"), read(record, "rejected")
+    if a == b:
+        raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
+    shared = _alike(a, b)
+    if conversations:
         while shared and (shared in (len(a), len(b)) or a[shared - 1]["role"] == "assistant"):
             shared -= 1
     else:
-        a, b = text(record, "chosen"), text(record, "rejected")
-        if a == b:
-            raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
-        common = a[: _alike(a, b)]
-        shared = common.rfind(TURN) + len(TURN) if TURN in common else _last_word(common, a, b)
+        turn = a.rfind(TURN, 0, shared)
+        shared = _last_word(a[:shared], a, b) if turn < 0 else turn + len(TURN)
     if not shared:
         raise DataError(f'{record.place}: "prompt" is missing, and "chosen" and "rejected" begin with different words')
     return Record(record | {"prompt": a[:shared], "chosen": a[shared:], "rejected": b[shared:]}, record.place)

@@ -50,7 +50,7 @@ def shape_rewards(
     check_tensor("shape_rewards", "logprobs", logprobs, dtypes=FLOATS)
     if logprobs.dim() != 2:
         raise ValueError(f"shape_rewards: logprobs must be [B, T], got {list(logprobs.shape)}")
-    like = {"rule": "like logprobs", "device": logprobs.device, "shape": logprobs.shape}
+    like: dict[str, Any] = {"rule": "like logprobs", "device": logprobs.device, "shape": logprobs.shape}
     check_tensor("shape_rewards", "ref_logprobs", ref_logprobs, dtypes=FLOATS, **like)
     check_tensor("shape_rewards", "mask", mask, dtypes=(torch.bool,), **like)
     check_tensor("shape_rewards", "scores", scores, dtypes=FLOATS, device=logprobs.device)
