@@ -3,11 +3,25 @@
 from importlib import import_module
 from typing import Any
 
-from rlhf_fast.ops import gae
+# `generate` now, for the name of a module that is imported later would replace the function.
+from rlhf_fast.generate import generate
+from rlhf_fast.losses import AdaptiveKL, kl_estimate, masked_mean, pairwise_loss, whiten
+from rlhf_fast.ops import (
+    KLOutput,
+    LogprobsOutput,
+    PPOLossOutput,
+    SampleOutput,
+    gae,
+    kl,
+    logprobs,
+    ppo_loss,
+    sample,
+)
+from rlhf_fast.rewards import shape_rewards
 
 __version__ = "0.1.0"
 
-# Trainers import transformers, so that they are imported when they are first asked for.
+#: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
@@ -16,7 +30,31 @@ _LAZY = {
     "PPOConfig": "rlhf_fast.trainers.ppo",
     "PPOTrainer": "rlhf_fast.trainers.ppo",
 }
-__all__ = ["gae", *_LAZY]
+
+__all__ = [
+    "AdaptiveKL",
+    "KLOutput",
+    "LogprobsOutput",
+    "PPOConfig",
+    "PPOLossOutput",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "SampleOutput",
+    "gae",
+    "generate",
+    "kl",
+    "kl_estimate",
+    "logprobs",
+    "masked_mean",
+    "pairwise_loss",
+    "ppo_loss",
+    "sample",
+    "shape_rewards",
+    "whiten",
+]
 
 
 def __getattr__(name: str) -> Any:
