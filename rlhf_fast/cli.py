@@ -50,7 +50,8 @@ SOURCES: dict[str, Sources] = {
     },
     "generate": {
         "model": (f"the model that writes: {MODEL}", ...),
-        "prompts": (f"prompts: {FILES}, beside those on the command line", None),
+        "prompt": ("a prompt", None),
+        "prompts": (f"prompts: {FILES}", None),
         "output": ("a new .jsonl file for prompts and responses, instead of the terminal", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
     },
@@ -136,10 +137,10 @@ def run_command(name: str, argv: list[str]) -> None:
         Parser(prog="rlhf-fast doctor", description=COMMANDS[name], allow_abbrev=False).parse_args(argv)
         print(doctor())
         return
-    sources, config, words = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
+    sources, config = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
     quieten()
     if name == "generate":
-        generate(sources, config, words)
+        generate(sources, config)
     elif name == "demo":
         importlib.import_module("rlhf_fast.demo").run_demo(config)
     else:
@@ -192,16 +193,19 @@ def reward_function(text: str) -> Any:
     return getattr(module, name)
 
 
-def generate(sources: dict[str, Any], config: GenerateConfig, words: list[str]) -> None:
-    """Write responses to the prompts of the command line and of the file."""
+def generate(sources: dict[str, Any], config: GenerateConfig) -> None:
+    """Write responses to the prompt of the command line and those of the file."""
     from rlhf_fast import data
     from rlhf_fast.generate import generate as write
 
-    prompts = list(words)
+    prompts = [] if sources["prompt"] is None else [sources["prompt"]]
     if sources["prompts"] is not None:
-        prompts += [record["prompt"] for record in data.read_records(sources["prompts"])]
+        for record in data.read_records(sources["prompts"]):
+            if "prompt" not in record:
+                raise data.DataError(f'{record.place}: "prompt" is missing')
+            prompts.append(record["prompt"])
     if not prompts:
-        raise ValueError("generate needs a prompt, on the command line or in --prompts")
+        raise ValueError("generate needs --prompt or --prompts")
     if sources["output"] is not None and Path(sources["output"]).exists():
         raise ValueError(f"{sources['output']} exists already: choose another --output")
     texts = write(sources["model"], prompts, tokenizer=sources["tokenizer"], **dataclasses.asdict(config))

@@ -21,19 +21,19 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def settings(
-    name: str, what: str, accepted: Sources, config: type, argv: list[str]
-) -> tuple[dict[str, Any], Any, list[str]]:
-    """The sources, the config and the bare words of a command line; a flag wins over the file of ``--config``."""
+def settings(name: str, what: str, accepted: Sources, config: type, argv: list[str]) -> tuple[dict[str, Any], Any]:
+    """The sources and the config of a command line; a flag wins over the file of ``--config``."""
     parsers = {field: value_parser(*kind) for field, kind in field_types(config).items()}
     parser = make_parser(name, what, accepted, config, parsers)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [f"--{field}" for field in (*accepted, *parsers)]
+        if not flag.startswith("-"):
+            raise ValueError(f"unknown argument {flag!r}: every value follows its flag")
         raise ValueError(f"unknown flag {flag}{suggestion(flag, known)}; rlhf-fast {name} --help lists them")
     given = vars(flags)
-    words, path = given.pop("words", []), given.pop("config", None)
+    path = given.pop("config", None)
     stored = read_config(path, [*accepted, *parsers], parsers) if path is not None else {}
     values = stored | given
     sources = {}
@@ -44,7 +44,7 @@ def settings(
         if sources[source] is not None and not isinstance(sources[source], str):
             raise ValueError(f"{path}: {source} must be a string, got {sources[source]!r}")
     try:
-        return sources, config(**values), words
+        return sources, config(**values)
     except ValueError as error:
         field = str(error).split(" ")[0].split(".")[-1]
         raise ValueError(f"{path}: {error}" if field in stored and field not in given else str(error)) from error
@@ -57,8 +57,6 @@ def make_parser(
     parser = Parser(prog=f"rlhf-fast {name}", description=what, allow_abbrev=False)
     parser.usage = f"rlhf-fast {name} [--config file.yaml] [--flag value ...]"
     keep = {"default": argparse.SUPPRESS}
-    if name == "generate":
-        parser.add_argument("words", nargs="*", metavar="prompt", help="a prompt")
     parser.add_argument("--config", metavar="FILE", help="a YAML file of any of these flags; flags win over it", **keep)
     for source, (words, default) in accepted.items():
         ending = " (required)" if default is ... else f" [{default}]" if default else ""

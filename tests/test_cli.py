@@ -78,13 +78,23 @@ def test_three_stages_from_your_own_files(here, capsys):
     assert len((here / "runs/ppo/samples.jsonl").read_text().splitlines()) == 8
     assert json.loads((here / "runs/ppo/run.json").read_text())["config"]["kl_coef"] == 0.1
     capsys.readouterr()
-    generate = ["generate", "--model", "runs/ppo", "--max_new_tokens", "5", "--seed", "3", "the movie", "I like"]
+    generate = [
+        "generate",
+        "--model",
+        "runs/ppo",
+        "--max_new_tokens",
+        "5",
+        "--seed",
+        "3",
+        "--prompt",
+        "the awful movie",
+    ]
     assert main(generate) == 0
     printed = capsys.readouterr().out
     assert main([*generate, "--prompts", "prompts.jsonl", "--output", "out.jsonl"]) == 0
     written = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
-    assert [w["prompt"] for w in written] == ["the movie", "I like", "the movie", "I like", "this plot is", "the awful"]
-    assert printed == "".join(w["response"] + "\n" for w in written[:2])
+    assert [w["prompt"] for w in written] == ["the awful movie", *(record["prompt"] for record in PROMPTS)]
+    assert printed == written[0]["response"] + "\n"
     folders = [folder for _, folders, _ in os.walk(here / "runs") for folder in folders]
     assert not [folder for folder in folders if "partial" in folder]
     assert not list((here / "runs").rglob("*.bin"))
@@ -143,11 +153,13 @@ def test_a_bad_file_of_settings(here, capsys, text, words):
         ("sft --model model --data", "--data: expected one argument"),
         ("sftt", "unknown command 'sftt' (did you mean sft?)"),
         (SFT.replace("demos", "none"), "none.jsonl"),
-        (SFT.replace("--model model", "--model nowhere/here"), "nowhere/here"),
+        (SFT.replace("--model model", "--model ./nowhere"), "nowhere"),
         (PPO.replace("judge.py:score", "judge.py:scores"), "judge.py:scores: judge.py has no function scores"),
         (PPO.replace("judge.py:score", "jury.py:score"), "jury.py:score: there is no file jury.py"),
         (PPO.replace("judge.py:score", "no.such.module:score"), "No module named 'no'"),
-        ("generate --model model", "generate needs a prompt"),
+        ("generate --model model --prompts demos.jsonl --output demos.jsonl", "demos.jsonl exists already"),
+        ("sft model", "unknown argument 'model'"),
+        ("generate --model model", "generate needs --prompt or --prompts"),
     ],
 )
 def test_bad_commands(here, capsys, command, words):
@@ -162,7 +174,7 @@ def test_bad_data_names_its_line(here, capsys):
     (here / "prefs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     fails(capsys, command, "prefs.jsonl:2:")
     (here / "prefs.jsonl").write_text("")
-    fails(capsys, command, "prefs.jsonl", "empty")
+    fails(capsys, command, "prefs.jsonl: no records")
     lines(here / "prompts.jsonl", [{"prompt": "the"}, {"prompt": "the movie " * 100}])
     fails(capsys, PPO, "prompts.jsonl:2:", "tokens")
     assert not (here / "runs").exists()

@@ -14,11 +14,17 @@ def accelerator() -> Any:
     """Accelerate's view of this process: its device, its backward and its clipping.
 
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
-    float32 and can be chosen once per process only.
+    float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
+    trainers cannot do.
     """
     from accelerate import Accelerator
 
-    return Accelerator(mixed_precision="no")
+    found = Accelerator()
+    if found.num_processes > 1:
+        raise ValueError(f"the trainers run in one process, and Accelerate was started with {found.num_processes}")
+    if found.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"the trainers need no loss scaling: use precision=bf16, not {found.mixed_precision}")
+    return found
 
 
 def autocast(device: torch.device, precision: str) -> Any:

@@ -1,7 +1,6 @@
 """PPO for language models: four models, KL-shaped token rewards, GAE, clipped policy and value loss.
 
-Ziegler et al. 2019, Stiennon et al. 2020, Ouyang et al. 2022; Huang et al., "The N implementation details of RLHF with
-PPO".
+Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details".
 """
 
 from collections.abc import Iterator

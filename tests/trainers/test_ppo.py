@@ -371,6 +371,77 @@ def test_reward_rises():
     assert sum(scores[-5:]) / 5 > 0.7
 
 
+def test_whitened_rewards_keep_their_mean():
+    plain, white = (build(whiten_rewards=w) for w in (False, True))
+    rollout = plain.rollout(plain.prompts)
+    before, after = (trainer.score(rollout)[rollout.mask] for trainer in (plain, white))
+    assert after.var().item() == pytest.approx(1, abs=1e-4)
+    assert after.mean().item() == pytest.approx(before.mean().item(), abs=1e-5)
+
+
+def test_scores_are_clipped_before_the_kl_is_paid():
+    trainer = build(clip_scores=1.5, kl_coef=0.1)
+    shake(trainer.policy)
+    rollout = trainer.rollout(trainer.prompts)
+    rewards = trainer.score(rollout).sum(1)
+    kl = (rollout.old_logprobs - rollout.ref_logprobs).sum(1)
+    assert rollout.scores.abs().max() > 1.5
+    torch.testing.assert_close(rewards, rollout.scores.clamp(-1.5, 1.5) - 0.1 * kl, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_keeps_float32_weights_and_a_ratio_of_one():
+    trainer = build(precision="bf16", learning_rate=1e-3)
+    rollout, advantages, returns = collect(trainer)
+    stats = trainer.accumulate(rollout, advantages, returns, torch.arange(6))
+    # Old and new logprobs come from the same bfloat16 pass over other batches: the ratio differs by its rounding.
+    assert stats["ratio_mean"] == pytest.approx(1, abs=1e-2)
+    assert stats["approx_kl"] < 1e-3
+    before = copy.deepcopy(trainer.policy.state_dict())
+    assert math.isfinite(trainer.step(trainer.prompts)["loss"])
+    after = trainer.policy.state_dict()
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    exact = build(learning_rate=1e-3)
+    assert trainer.read(trainer.reference, rollout).logprobs.dtype == torch.float32
+    difference = trainer.read(trainer.reference, rollout).logprobs - exact.read(exact.reference, rollout).logprobs
+    assert 1e-6 < difference.abs().max() < 0.2  # it really ran in bfloat16
+
+
+def test_the_critic_starts_as_the_reward_model_where_both_read_the_same_tokens():
+    from rlhf_fast.models import load_scalar_model
+
+    torch.manual_seed(0)
+    judge = load_scalar_model(tiny_gpt2(seed=7))
+    trainer = build(reward=judge)
+    for name, weight in judge.state_dict().items():
+        assert torch.equal(trainer.critic.state_dict()[name], weight), name
+    trainer.step(next(trainer.batches()))
+    assert not torch.equal(trainer.critic.score.weight, judge.score.weight)  # a copy: the judge does not learn
+    assert build().critic.score.weight.abs().max() == 0  # no reward model: the policy's backbone and a head of zeros
+    given = load_scalar_model(tiny_gpt2(seed=9))
+    tokenizer = tiny_tokenizer()
+    trainer = PPOTrainer(
+        tiny_gpt2(tokenizer), reward=judge, prompts=[{"prompt": "the"}], tokenizer=tokenizer, critic=given
+    )
+    assert torch.equal(trainer.critic.score.weight, given.score.weight)
+
+
+def test_the_reference_may_be_another_model():
+    tokenizer = tiny_tokenizer()
+    other = tiny_gpt2(tokenizer, seed=4)
+    trainer = PPOTrainer(
+        tiny_gpt2(tokenizer), reward=length_score, prompts=[{"prompt": p} for p in PROMPTS], tokenizer=tokenizer,
+        reference=other, config=PPOConfig(batch_size=6, minibatch_size=6, max_new_tokens=8, quiet=True, steps=1),
+    )  # fmt: skip
+    rollout = trainer.rollout(trainer.prompts)
+    ids = torch.cat([rollout.prompt_ids[0][rollout.prompt_mask[0]], rollout.responses[0][rollout.mask[0]]])
+    n = int(rollout.mask[0].sum())
+    table = torch.log_softmax(other(ids[None]).logits[0, -n - 1 : -1], -1)
+    expected = table.gather(-1, ids[-n:, None])[:, 0]
+    torch.testing.assert_close(rollout.ref_logprobs[0, :n], expected, atol=1e-5, rtol=0)
+    assert trainer.step(trainer.prompts)["kl"] > 0.1
+
+
 # Bad input
 
 

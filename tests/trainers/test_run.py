@@ -234,3 +234,18 @@ def test_learning_rates(schedule, rates):
         assert learning.set_rate(optimizer, schedule, step, 10, 0.2) == pytest.approx(0.1 * share)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * share] * 2 + [0.3 * share] * 2)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0, 0.01, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "words"),
+    [(2, "no", "one process, and Accelerate was started with 2"), (1, "fp16", "use precision=bf16, not fp16")],
+)
+def test_what_the_trainers_cannot_do_is_refused(monkeypatch, processes, precision, words):
+    import accelerate
+
+    class Stub:
+        num_processes, mixed_precision = processes, precision
+
+    monkeypatch.setattr(accelerate, "Accelerator", Stub)
+    with pytest.raises(ValueError, match=words):
+        learning.accelerator()
