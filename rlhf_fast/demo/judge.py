@@ -1,0 +1,78 @@
+"""The gold judge of the demo: a lexicon, and annotators who see through it with noise."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WORDS = {
+    3: "superb wonderful excellent brilliant delightful adored",
+    2: "loved enjoyed lovely clever impressive charming memorable convincing gladly worth happy recommend attentive "
+    "friendly funny kind",
+    1: "good liked pleasant polite likeable",
+    -1: "endured weak forgettable impatient unconvincing careless",
+    -2: "disliked bad poor dull clumsy disappointing regret avoid waste cheated annoying irritating unfriendly grumpy "
+    "rude tiresome",
+    -3: "hated detested terrible dreadful awful miserable tedious",
+}
+#: Weight of each word that carries an opinion; every other word weighs 0.
+LEXICON = {word: float(weight) for weight, words in WORDS.items() for word in words.split()}
+
+
+def gold_score(response: str) -> float:
+    """The sum of the weights of the words of one response; above 0 it is favourable."""
+    return sum(LEXICON.get(word, 0.0) for word in re.findall(r"[a-z']+", response.lower()))
+
+
+def gold_scores(responses: Sequence[str]) -> Tensor:
+    """``gold_score`` of each response. ``[B]`` float32."""
+    return torch.tensor([gold_score(r) for r in responses], dtype=torch.float32)
+
+
+def prefers_first(
+    first: Tensor,  # [B] gold scores
+    second: Tensor,  # [B] gold scores
+    *,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A noisy annotator's verdict on each pair, ``[B]`` bool.
+
+    The first one wins with probability σ((first − second) / temperature), the model of Bradley and Terry (1952); a
+    pair of equal scores is decided by a fair coin.
+
+    Raises ``ValueError`` when ``temperature`` is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    return torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
+
+
+def agreement(
+    first: Tensor,  # [B] gold scores
+    second: Tensor,  # [B] gold scores
+    *,
+    temperature: float,
+) -> float:
+    """The share of pairs on which the noisy annotator is expected to side with the gold score; ties are left out."""
+    gap = (first - second).abs()
+    gap = gap[gap > 0]
+    return float(torch.sigmoid(gap / temperature).mean()) if len(gap) else 0.5
+
+
+def win_rate(
+    ours: Tensor,  # [B] gold scores
+    theirs: Tensor,  # [B] gold scores of the other model on the same prompts
+) -> tuple[float, float, float]:
+    """The share of prompts on which ours scores higher (a tie counts half) and its 95 % Wilson interval."""
+    return wilson(float((ours > theirs).double().mean() + 0.5 * (ours == theirs).double().mean()), len(ours))
+
+
+def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float, float]:
+    """``share`` of ``n`` trials with the ends of its score interval (Wilson 1927), 95 % by default."""
+    if n == 0:
+        return share, 0.0, 1.0
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return share, max(0.0, centre - half), min(1.0, centre + half)
