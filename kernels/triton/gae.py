@@ -1,15 +1,17 @@
 """Generalised advantage estimation in Triton: the scan of kernels/cuda/gae_scan.cuh, a program per sequence.
 
 Token t hands ``u_t = gamma * lam * A_t + gamma * V_t`` to the token before it, and ``A_t = r_t - V_t + u_next``. A
-token's place in the scan is its distance from the last valid token, so that padding, packing and the batch change no bit.
+token's place in the scan is its distance from the last valid token, so that padding, packing and the batch change no
+bit.
 """
 
 import torch
+
 import triton
 import triton.language as tl
 
 #: Tokens per step. The same for every shape, for the scan's tree and so the bits follow from it.
-BLOCK_T = 1024
+BLOCK_T = 512
 
 
 @triton.jit
@@ -37,12 +39,14 @@ def _last_valid(mask_ptr, stride, start, end, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _clear(advantages_ptr, advantages_stride, returns_ptr, returns_stride, start, end, BLOCK_T: tl.constexpr):
+    """Zero [start, end), from its end like everything here, so that no access suggests another layout to the scan."""
     zero = tl.zeros([BLOCK_T], advantages_ptr.dtype.element_ty)
-    while start < end:
-        t = start + tl.arange(0, BLOCK_T)
-        tl.store(advantages_ptr + t * advantages_stride, zero, mask=t < end)
-        tl.store(returns_ptr + t * returns_stride, zero, mask=t < end)
-        start += BLOCK_T
+    top = end - 1
+    while top >= start:
+        t = top - tl.arange(0, BLOCK_T)
+        tl.store(advantages_ptr + t * advantages_stride, zero, mask=t >= start)
+        tl.store(returns_ptr + t * returns_stride, zero, mask=t >= start)
+        top -= BLOCK_T
 
 
 @triton.jit(
@@ -60,7 +64,7 @@ def gae_kernel(
     advantages_ptr, advantages_stride_b, advantages_stride_t,
     returns_ptr, returns_stride_b, returns_stride_t,
     sequences, tokens,
-    gamma: "fp64", gamma_lam: "fp64",
+    gamma: tl.float64, gamma_lam: tl.float64,
     ZERO: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Program b < B takes sequence b; with cu_seqlens program B clears what lies outside of all sequences."""

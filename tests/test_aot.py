@@ -1,0 +1,72 @@
+"""Every GPU kernel compiles for every architecture without a GPU, spills nothing and takes what resources.md says."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import resources
+from resources import ARCHITECTURES, ROOT, TABLE, Resources
+
+
+@pytest.fixture(scope="module")
+def triton_rows() -> list[Resources]:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "resources.py"), "--triton"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    return [Resources(name, *map(int, numbers[:-1]), scan=numbers[-1]) for name, *numbers in rows]
+
+
+@pytest.fixture(scope="module")
+def nvcc_rows() -> list[Resources]:
+    if resources.nvcc_version() is None:
+        pytest.skip("nvcc is not installed")
+    return resources.nvcc_resources()
+
+
+def expect_no_spill(rows: list[Resources]) -> None:
+    assert {row.architecture for row in rows} == set(ARCHITECTURES)
+    assert [row for row in rows if row.stack or row.local] == []
+
+
+def committed(heading: str) -> str:
+    """The part of resources.md under ``heading``; skips where it was written with another version."""
+    for part in TABLE.read_text().split("\n## ")[1:]:
+        if part.startswith(f"{heading}\n"):
+            return f"## {part.rstrip()}\n"
+    pytest.skip(f"resources.md was not written with {heading}")
+
+
+def test_triton_kernels_compile_without_spills(triton_rows: list[Resources]) -> None:
+    kernels = {path.stem for path in (ROOT / "kernels" / "triton").glob("*.py")} - {"__init__"}
+    assert kernels == set(resources.TRITON_CALLS)
+    assert len(triton_rows) >= len(ARCHITECTURES) * sum(map(len, resources.TRITON_CALLS.values()))
+    expect_no_spill(triton_rows)
+
+
+def test_cuda_kernels_compile_without_spills(nvcc_rows: list[Resources]) -> None:
+    expect_no_spill(nvcc_rows)
+
+
+def test_scan_of_gae_has_one_layout(triton_rows: list[Resources]) -> None:
+    """Padded and packed rows have the same bits only if all variants are scanned in the same shape."""
+    scans = {row.scan for row in triton_rows if row.kernel.startswith("gae_kernel")}
+    assert len(scans) == 1
+    assert "sizePerThread = [1]" in scans.pop()
+
+
+def test_committed_table_of_triton(triton_rows: list[Resources]) -> None:
+    import triton
+
+    assert resources.section("Triton", triton.__version__, triton_rows) == committed(f"Triton {triton.__version__}")
+
+
+def test_committed_table_of_nvcc(nvcc_rows: list[Resources]) -> None:
+    version = resources.nvcc_version()
+    assert version is not None
+    assert resources.section("nvcc", version, nvcc_rows) == committed(f"nvcc {version}")
