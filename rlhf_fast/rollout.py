@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.data import Prompt
+from rlhf_fast.generate import Generation
 from rlhf_fast.losses import kl_estimate, masked_mean
+
+#: The fields of shape [B, T]; scores may be one.
+PER_TOKEN = ("responses", "mask", "old_logprobs", "ref_logprobs", "values", "scores")
 
 
 @dataclass
@@ -26,10 +31,31 @@ class Rollout:
     responses: Tensor  # [B, T], int64
     mask: Tensor  # [B, T], bool, True up to and including the stop token
     ended: Tensor  # [B], bool, a stop token was drawn
+    prompt_lengths: Tensor  # [B], int64, tokens of each prompt; on the CPU, as lengths, to cut padding without a wait
+    lengths: Tensor  # [B], int64, tokens of each response
     old_logprobs: Tensor  # [B, T], nats, under the policy that drew them, at the sampling temperature
     ref_logprobs: Tensor  # [B, T], nats, under the frozen reference
     values: Tensor  # [B, T], in units of reward
     scores: Tensor | None = None  # [B] or [B, T], from the reward
+
+    @classmethod
+    def begin(
+        cls,
+        batch: list[Prompt],
+        prompt_ids: Tensor,  # [B, P]
+        prompt_mask: Tensor,  # [B, P], bool
+        written: Generation,
+        texts: list[str],
+    ) -> "Rollout":
+        """The rollout of what was just ``written``, whose logprobs and values nobody has read yet: they are 0."""
+        columns = {name: [prompt.columns[name] for prompt in batch] for name in batch[0].columns}
+        old, ref, values = (torch.zeros_like(written.logprobs) for _ in range(3))
+        return cls(
+            prompts=[prompt.prompt for prompt in batch], texts=texts, columns=columns,
+            prompt_ids=prompt_ids, prompt_mask=prompt_mask, responses=written.responses, mask=written.mask,
+            ended=written.ended, prompt_lengths=prompt_mask.sum(1).cpu(), lengths=written.mask.sum(1).cpu(),
+            old_logprobs=old, ref_logprobs=ref, values=values,
+        )  # fmt: skip
 
     @property
     def ids(self) -> Tensor:
@@ -56,16 +82,20 @@ class Rollout:
         return [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in texts]
 
     def select(self, rows: Tensor) -> "Rollout":
-        """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU."""
-        at, picked = rows.to(self.mask.device), rows.tolist()
+        """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU, without the columns that all of them pad."""
+        first = self.prompt_ids.shape[1] - int(self.prompt_lengths[rows].max())
+        end = int(self.lengths[rows].max())
         chosen: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                chosen[field.name] = value[at]
+                taken = value[rows.to(value.device)]
+                if field.name in ("prompt_ids", "prompt_mask"):
+                    taken = taken[:, first:]
+                chosen[field.name] = taken[:, :end] if field.name in PER_TOKEN and taken.dim() == 2 else taken
             elif isinstance(value, list):
-                chosen[field.name] = [value[row] for row in picked]
-        chosen["columns"] = {name: [column[row] for row in picked] for name, column in self.columns.items()}
+                chosen[field.name] = [value[row] for row in rows.tolist()]
+        chosen["columns"] = {name: [column[row] for row in rows.tolist()] for name, column in self.columns.items()}
         return Rollout(**chosen)
 
 

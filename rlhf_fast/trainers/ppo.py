@@ -52,7 +52,7 @@ class PPOConfig:
     kl_horizon: float = option(10000.0, "responses over which the adaptive kl_coef moves", above=0.0)
     stop_kl: float | None = option(None, "approx_kl at which the passes over a batch end early", above=0.0)
     clip_scores: float | None = option(None, "largest absolute score", above=0.0)
-    missing_eos_penalty: float | None = option(None, "taken from the score of a response that never ends", low=0.0)
+    missing_eos_penalty: float | None = option(None, "taken from the last reward of a response that never ends", low=0)
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
     overlong: str = option("error", "a longer prompt stops the run or is left out", choices=("error", "drop"))
     max_new_tokens: int = option(64, "longest response in tokens", low=1)
@@ -178,16 +178,13 @@ class PPOTrainer:
                 pad_id=self.tokenizer.pad_token_id, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
                 seeds=seeds,
             )  # fmt: skip
-        unread = torch.zeros_like(written.logprobs)
-        columns = {name: [example.columns[name] for example in batch] for name in batch[0].columns}
-        rollout = Rollout(
-            [example.prompt for example in batch], texts_of(written, self.tokenizer), columns, prompt_ids, prompt_mask,
-            written.responses, written.mask, written.ended, unread, unread, unread,
-        )  # fmt: skip
-        parts = [rollout.select(rows) for rows in torch.arange(len(batch)).split(self.forward_size)]
-        rollout.old_logprobs = torch.cat([self.read(self.policy, part).logprobs for part in parts])
-        rollout.ref_logprobs = torch.cat([self.read(self.reference, part).logprobs for part in parts])
-        rollout.values = torch.cat([self.value(part) for part in parts])
+        rollout = Rollout.begin(batch, prompt_ids, prompt_mask, written, texts_of(written, self.tokenizer))
+        for rows in torch.arange(len(batch)).split(self.forward_size):
+            part = rollout.select(rows)
+            at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
+            rollout.old_logprobs[at] = self.read(self.policy, part).logprobs
+            rollout.ref_logprobs[at] = self.read(self.reference, part).logprobs
+            rollout.values[at] = self.value(part)
         return rollout
 
     def read(self, model: nn.Module, rollout: Rollout) -> ops.LogprobsOutput:
@@ -211,12 +208,10 @@ class PPOTrainer:
             scores = self.reward(rollout.prompts, rollout.texts, **rollout.columns)
         scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts).to(self.device)
         rollout.scores = scores
+        read = rollout.old_logprobs, rollout.ref_logprobs, rollout.mask
+        rewards = shape_rewards(scores, *read, kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores)
         if c.missing_eos_penalty is not None:
-            scores = scores - torch.where(rollout.ended, 0.0, c.missing_eos_penalty)
-        rewards = shape_rewards(
-            scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask,
-            kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores,
-        )  # fmt: skip
+            rewards += shape_rewards(torch.where(rollout.ended, 0.0, -c.missing_eos_penalty), *read, kl_coef=0.0)
         return whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
@@ -239,9 +234,10 @@ class PPOTrainer:
         """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch."""
         tokens = rollout.mask[rows.to(self.device)].sum()
         total: dict[str, Tensor] = {}
-        for part in rows.split(self.forward_size):
-            at = part.to(self.device)
-            loss, stats = self.loss(rollout.select(part), advantages[at], returns[at], tokens)
+        for some in rows.split(self.forward_size):
+            part, at = rollout.select(some), some.to(self.device)
+            end = part.mask.shape[1]
+            loss, stats = self.loss(part, advantages[at, :end], returns[at, :end], tokens)
             self.accelerator.backward(loss)
             for name, value in {"loss": loss.detach(), **stats}.items():
                 merge = torch.maximum if name == "ratio_max" else torch.add

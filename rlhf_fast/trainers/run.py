@@ -56,23 +56,22 @@ class Run:
 
     def open(self, total: int) -> None:
         """Create the folder and start the clock of ``total`` steps."""
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            check_folder(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
+            (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"))
         from tqdm import tqdm
 
-        slow = 0.2 if sys.stderr.isatty() else 10.0
+        every = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two looks of the bar
         self.bar = tqdm(
-            total=total, desc=self.kind, unit="step", disable=self.quiet, mininterval=slow, dynamic_ncols=True
+            total=total, desc=self.kind, unit="step", disable=self.quiet, mininterval=every, dynamic_ncols=True
         )
         self.start = time.monotonic()
-        if self.folder is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        check_folder(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
-        (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def close(self) -> None:
         """Flush and close what ``open`` opened."""
@@ -190,7 +189,8 @@ def _listen(run: Run) -> Callable[[], None]:
     def note(number: int, _: FrameType | None) -> None:
         run.stop_signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        run.say("stopping after this step; once more stops at once")
+        if not run.quiet:  # not by print: the signal may have come in the middle of one
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def restore() -> None:
         for number, handler in previous.items():

@@ -11,6 +11,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rlhf_fast import ops
 from rlhf_fast.losses import whiten
+from rlhf_fast.trainers import learning
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = ["the movie", "a plot was very", "I like this", "the", "this movie is not very fun and", "dull plot"]
@@ -195,14 +196,14 @@ def test_padding_changes_no_number(make, left, right):
     shake(trainer.policy, 0.01)
     results = []
     for case in ((rollout, advantages, returns), (wider, more_advantages, more_returns)):
-        stats = trainer.accumulate(*case, torch.arange(6))
-        results.append((stats, gradients(trainer.policy, trainer.critic)))
+        loss, stats = trainer.loss(*case, rollout.mask.sum())
+        loss.backward()
+        results.append(({"loss": loss.item()} | learning.numbers(stats), gradients(trainer.policy, trainer.critic)))
         trainer.optimizer.zero_grad(set_to_none=True)
     (stats, gradient), (more_stats, more_gradient) = results
-    # Sums of another length are rounded otherwise: the largest of the ratios shows 1e-6 in a logit, the norms a sum.
-    larger = {"grad_norm", "critic_grad_norm", "ratio_max"}
     for name, value in stats.items():
-        assert more_stats[name] == pytest.approx(value, abs=1e-6, rel=1e-5 if name in larger else 0), name
+        # Sums of another length are rounded otherwise: the largest ratio, and it alone, shows the 1e-6 of one logit.
+        assert more_stats[name] == pytest.approx(value, abs=1e-6, rel=1e-5 if name == "ratio_max" else 0), name
     torch.testing.assert_close(more_gradient, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
 
 
@@ -215,6 +216,23 @@ def test_a_long_neighbour_changes_no_response():
     assert n == int(beside.mask[0].sum())
     for name in ("old_logprobs", "ref_logprobs", "values"):
         torch.testing.assert_close(getattr(short, name)[0, :n], getattr(beside, name)[0, :n], atol=1e-5, rtol=0)
+
+
+def test_a_selection_drops_the_padding_that_all_of_it_shares():
+    trainer = build()
+    end_sooner(trainer)
+    rollout = trainer.rollout(trainer.prompts)
+    lengths, prompt_lengths = rollout.mask.sum(1), rollout.prompt_mask.sum(1)
+    assert lengths.unique().numel() > 1
+    for rows in ([0], [3, 1], [5, 2, 0], [0, 1, 2, 3, 4, 5]):
+        part = rollout.select(torch.tensor(rows))
+        assert part.prompt_ids.shape == part.prompt_mask.shape == (len(rows), prompt_lengths[rows].max())
+        assert part.mask.shape == part.values.shape == (len(rows), lengths[rows].max())
+        for i, row in enumerate(rows):
+            assert torch.equal(part.ids[i][part.attention[i]], rollout.ids[row][rollout.attention[row]])
+            kept = part.old_logprobs[i][part.mask[i]]
+            assert torch.equal(kept, rollout.old_logprobs[row][rollout.mask[row]])
+            assert part.texts[i] == rollout.texts[row]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -333,6 +351,10 @@ def test_a_response_that_never_ends_costs_the_penalty():
     rollout = trainer.rollout(trainer.prompts)
     assert 0 < rollout.ended.sum() < 6
     assert trainer.score(rollout).sum(1).tolist() == [1.0 if ended else -1.0 for ended in rollout.ended]
+    dense = torch.ones(rollout.mask.shape)
+    trainer.reward = lambda prompts, responses, **_: dense
+    paid = rollout.mask.sum(1) - 2.0 * ~rollout.ended
+    assert trainer.score(rollout).sum(1).tolist() == paid.tolist()
 
 
 def test_the_passes_stop_early_when_the_policy_has_moved_too_far():
