@@ -49,18 +49,6 @@ def prefers_first(
     return torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
 
 
-def agreement(
-    first: Tensor,  # [B] gold scores
-    second: Tensor,  # [B] gold scores
-    *,
-    temperature: float,
-) -> float:
-    """The share of pairs on which the noisy annotator is expected to side with the gold score; ties are left out."""
-    gap = (first - second).abs()
-    gap = gap[gap > 0]
-    return float(torch.sigmoid(gap / temperature).mean()) if len(gap) else 0.5
-
-
 def win_rate(
     ours: Tensor,  # [B] gold scores
     theirs: Tensor,  # [B] gold scores of the other model on the same prompts
