@@ -31,13 +31,14 @@ def build(*, reward=length_score, pad_is_eos=False, make=tiny_gpt2, prompts=PROM
     )
 
 
-def collect(trainer, batch=None):
-    """A rollout with its advantages and returns."""
-    c = trainer.config
-    rollout = trainer.rollout(trainer.prompts if batch is None else batch)
-    rewards = trainer.score(rollout)
-    advantages, returns = ops.gae(rewards, rollout.values, rollout.mask, gamma=c.gamma, lam=c.lam)
-    return rollout, whiten(advantages, rollout.mask), returns
+def collect(trainer):
+    """What ``step`` hands to ``update``: a rollout, its advantages and its returns."""
+    handed = []
+    trainer.update = lambda *given: handed.extend(given) or {}
+    trainer.step(trainer.prompts)
+    del trainer.update
+    trainer.done = 0
+    return handed
 
 
 def shake(model, size=0.02):
@@ -60,6 +61,17 @@ def gradients(*models):
 
 
 # One step against the formulas
+
+
+def test_advantages_are_whitened_unless_told_not_to():
+    for whitened in (True, False):
+        rollout, advantages, returns = collect(build(whiten_advantages=whitened))
+        kept = advantages[rollout.mask]
+        if whitened:
+            assert kept.mean().item() == pytest.approx(0, abs=1e-6)
+            assert kept.var().item() == pytest.approx(1, abs=1e-5)
+        else:
+            torch.testing.assert_close(kept, (returns - rollout.values)[rollout.mask], atol=1e-6, rtol=0)
 
 
 def formulas(rollout, scores, config, policy, old_policy, reference, critic, old_critic, kl_coef):
@@ -374,6 +386,8 @@ def test_the_adaptive_coefficient_follows_the_kl():
     for before, after in itertools.pairwise(taken):
         error = min(max(before["kl"] / 1e-3 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 6 / 60))
+    for stats in taken:  # each step pays the price of its time
+        assert stats["rewards"] == pytest.approx(stats["scores"] - stats["kl_coef"] * stats["kl"], abs=1e-5)
     assert taken[1]["kl"] > 1e-3
     assert rising.kl_coef > taken[1]["kl_coef"]
 
