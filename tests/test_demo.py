@@ -1,3 +1,4 @@
+import json
 import math
 import random
 
@@ -6,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.demo import grammar, judge
+from rlhf_fast.demo import DemoConfig, evaluate, grammar, judge, run_demo, stages
+from rlhf_fast.demo.config import quick
 from rlhf_fast.demo.rules import DOMAINS
 
 MOODS = st.sampled_from(sorted(grammar.MOODS))
@@ -156,12 +158,9 @@ def test_annotators_follow_bradley_and_terry(gap):
     assert abs(wins.double().mean().item() - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
 
 
-def test_annotators_are_as_good_as_expected():
-    first, second = torch.tensor([4.0, 0.0, 1.0]), torch.tensor([0.0, 2.0, 1.0])
-    by_hand = (1 / (1 + math.exp(-4 / 2)) + 1 / (1 + math.exp(-2 / 2))) / 2  # the tie is left out
-    assert judge.agreement(first, second, temperature=2.0) == pytest.approx(by_hand, rel=1e-6)
+def test_annotators_need_a_temperature():
     with pytest.raises(ValueError, match="temperature"):
-        judge.prefers_first(first, second, temperature=0.0)
+        judge.prefers_first(torch.zeros(1), torch.zeros(1), temperature=0.0)
 
 
 def test_win_rate_and_its_interval():
@@ -171,3 +170,148 @@ def test_win_rate_and_its_interval():
     assert share == 2.5 / 4
     assert 0 < low < share < high < 1
     assert judge.wilson(1.0, 256)[2] == pytest.approx(1.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return stages.train_tokenizer([text(review) for review in some_reviews(1500)], 1024)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    """Two random models of which the second is the first, pushed a little."""
+    config = DemoConfig(layers=1, width=32)
+    first, second = (stages.new_model(config, tokenizer).eval() for _ in range(2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return first, second
+
+
+def test_reviews_for_sft_are_balanced_and_reproducible():
+    reviews = stages.write_reviews(2000, seed=4)
+    held_out = {p.text for p in grammar.prompts("held_out")}
+    assert not held_out & {review.prompt.text for review in reviews}
+    assert 0.42 < (judge.gold_scores([review.response for review in reviews]) > 0).float().mean() < 0.55
+    assert reviews == stages.write_reviews(2000, seed=4) != stages.write_reviews(2000, seed=5)
+
+
+def test_tokenizer_gives_the_text_back(tokenizer):
+    for review in some_reviews(50, seed=9):
+        ids = tokenizer(text(review))["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text(review)
+        apart = (
+            tokenizer(review.prompt.text)["input_ids"]
+            + tokenizer(review.response, add_special_tokens=False)["input_ids"]
+        )
+        assert ids == apart  # so that a response tokenised alone is the one that the model writes
+    assert tokenizer.decode(tokenizer("naïve ☃")["input_ids"], skip_special_tokens=True) == "naïve ☃"
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_pairs_follow_the_verdict(tokenizer, models):
+    asked, config = grammar.prompts("train")[:40], DemoConfig(max_new_tokens=16)
+    gold = stages.compare(models[1], tokenizer, asked, config, 3, stages.gold_verdict)
+    assert gold
+    for pair in gold:
+        assert judge.gold_score(pair["chosen"]) > judge.gold_score(pair["rejected"])
+    assert stages.label_agreement(gold) == 1.0
+    turned = stages.compare(models[1], tokenizer, asked, config, 3, lambda a, b: 1 - stages.gold_verdict(a, b))
+    assert [(p["prompt"], p["rejected"], p["chosen"]) for p in turned] == [
+        (p["prompt"], p["chosen"], p["rejected"]) for p in gold
+    ]
+
+
+def test_sequence_kl_against_float64_one_text_at_a_time(tokenizer, models):
+    first, second = models
+    reviews = some_reviews(5, seed=2)
+    expected = 0.0
+    for review in reviews:
+        before = tokenizer(review.prompt.text)["input_ids"]
+        ids = before + tokenizer(review.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        p, q = (
+            m(torch.tensor([ids])).logits[0, len(before) - 1 : -1].detach().double().log_softmax(-1)
+            for m in (second, first)
+        )
+        expected += float((p.exp() * (p - q)).sum()) / len(reviews)
+    arguments = (tokenizer, [r.prompt for r in reviews], [r.response for r in reviews])
+    assert expected > 1
+    assert evaluate.sequence_kl(second, first, *arguments, batch_size=2) == pytest.approx(expected, rel=1e-4)
+    assert evaluate.sequence_kl(first, first, *arguments) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_answers_are_judged_by_hand():
+    asked = [grammar.Prompt("I saw this comedy on my own on Friday.", "film")] * 2
+    good = " It was an excellent film. The acting was superb, the music quite dull. See it and be happy."
+    figures = evaluate.judge_answers(asked, [good, " terrible"]).figures
+    assert figures == {"positive_share": 0.5, "gold_score": (6 - 2 + 2 - 3) / 2, "grammar_share": 0.5,
+                       "distinct_share": 1.0, "words": 9.5}  # fmt: skip
+
+
+def test_reward_is_watched_not_changed():
+    watched = stages.Watched(lambda prompts, responses, **columns: torch.arange(len(prompts)).float())
+    assert watched(["p", "q"], [" superb.", " awful, awful."]).tolist() == [0.0, 1.0]
+    assert watched.gold == [{"step": 1, "gold_score": -1.5, "gold_positive": 0.5}]
+
+
+def test_verdicts_know_both_ends():
+    figures = {"sft_positive_share": 0.5, "ppo_positive_share": 0.9, "win_rate": 0.8, "reward_accuracy": 0.85,
+               "sequence_kl": 20.0, "grammar_drop": 0.09}  # fmt: skip
+    assert all(evaluate.verdicts(figures).values())
+    wrong = {"sft_positive_share": 0.7, "ppo_positive_share": 0.89, "win_rate": 0.79, "reward_accuracy": 0.84,
+             "sequence_kl": 20.1, "grammar_drop": 0.1}  # fmt: skip
+    assert not any(evaluate.verdicts(wrong).values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("width", 100, "multiple of 32"), ("noise", 0.0, "above 0"), ("ppo_minibatch_size", 65, "at most ppo_batch_size")],
+)
+def test_bad_numbers_are_refused(field, value, says):
+    with pytest.raises(ValueError, match=f"DemoConfig.{field}.*{says}"):
+        DemoConfig(**{field: value})
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("demo") / "run" for _ in range(2)]
+    return [(folder, run_demo(quick(str(folder), seed=7))) for folder in folders]
+
+
+def test_demo_runs_end_to_end(two_runs):
+    folder, results = two_runs[0]
+    assert json.loads((folder / "results.json").read_text()) == results
+    figures = {f"{model}_{what}" for model in ("sft", "ppo") for what in
+               ("positive_share", "gold_score", "grammar_share", "distinct_share", "words")}  # fmt: skip
+    figures |= {"win_rate", "win_rate_low", "win_rate_high", "grammar_drop", "sequence_kl"}
+    figures |= {"reward_accuracy", "reward_accuracy_low", "reward_accuracy_high"}
+    assert set(results["figures"]) == figures
+    assert all(math.isfinite(value) for value in results["figures"].values())
+    assert results["figures"]["sequence_kl"] > 0
+    assert set(results["thresholds"]) == set(evaluate.THRESHOLDS)
+    assert results["counts"]["held_out_prompts"] == 16
+    assert set(results["seconds"]) == {"sft", "reward", "ppo", "evaluate", "total"}
+    page = (folder / "report.html").read_text()
+    for heading in ("Figures", "Before and after", "Gold score", "Clip fraction", "Entropy", "Samples", "torch"):
+        assert heading in page
+    for name in ("sft/model.safetensors", "reward/model.safetensors", "ppo/model.safetensors", "data/pairs.jsonl"):
+        assert (folder / name).exists()
+    gold = [json.loads(line) for line in (folder / "ppo/gold.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in gold] == [1, 2, 3]
+
+
+def test_same_seed_same_figures(two_runs):
+    (first, one), (second, other) = two_runs
+    assert one["figures"] == other["figures"]
+    for name in ("ppo/model.safetensors", "reward/model.safetensors", "ppo/gold.jsonl", "data/pairs.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_refuses_a_folder_that_holds_a_run(two_runs):
+    folder, _ = two_runs[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(ValueError, match="already holds a run"):
+        run_demo(quick(str(folder)))
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -51,7 +51,7 @@ class DemoConfig:
 def quick(output_dir: str, seed: int = 0) -> DemoConfig:
     """A demo of some seconds that exercises every stage and reaches no threshold."""
     return DemoConfig(
-        output_dir=output_dir, seed=seed, threads=min(2, torch.get_num_threads()), layers=1, width=64, sft_steps=60,
+        output_dir=output_dir, seed=seed, threads=min(2, torch.get_num_threads()), layers=1, width=64, sft_steps=40,
         sft_batch_size=16, pairs=48, held_out_pairs=24, reward_epochs=1, reward_batch_size=16, ppo_steps=3,
         ppo_batch_size=16, ppo_minibatch_size=8, ppo_epochs=2, held_out_prompts=16, quiet=True,
     )  # fmt: skip

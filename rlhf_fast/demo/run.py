@@ -45,7 +45,9 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
 
 def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]]:
     clock = _Clock(config.quiet)
-    with clock.stage("sft", f"1/3 SFT on {config.sft_steps * config.sft_batch_size:,} reviews out of {count():.1e}"):
+    with clock.stage(
+        "sft", f"1/3 SFT on {config.sft_steps * config.sft_batch_size:,} reviews out of {_power(count())}"
+    ):
         stages.finetune(config, folder)
     tokenizer = models.load_tokenizer(str(folder / "sft"))
     sft = models.load_policy(str(folder / "sft"))
@@ -133,6 +135,12 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def _power(number: int) -> str:
+    """4548230444482560 as 4.5 × 10¹⁵."""
+    digits, exponent = f"{number:.1e}".split("e+")
+    return f"{digits} × 10{str(int(exponent)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
 def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     figures, rows = results["figures"], []
     for name, (low, high, sentence) in evaluate.THRESHOLDS.items():
@@ -181,7 +189,7 @@ def _report(folder: Path, results: dict[str, Any], samples: list[Sample]) -> Pat
         f"the gold scores and side with the better review in {results['label_agreement']:.0%} of the pairs. PPO then "
         "optimised the reward model. Nothing ever learned from the gold score itself, a lexicon of opinions: it judges "
         f"the answers to {n['held_out_prompts']} prompts that no stage has seen. The grammar behind the reviews holds "
-        f"{n['distinct_reviews']:.1e} different ones."
+        f"{_power(n['distinct_reviews'])} different ones."
     )
     curves = [
         Curve("Reward model's score", {"score": series(ppo, "scores")}, "PPO step", "what PPO climbs"),
