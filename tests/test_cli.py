@@ -106,6 +106,7 @@ def test_the_progress_is_shown(here, capsys):
     assert "2/2" in shown
     assert "scores=" in shown
     assert "this plot is" in shown  # the table of samples
+    assert "the model is in runs/ppo" in shown
 
 
 def test_a_file_of_settings_and_flags_that_win(here):

@@ -176,6 +176,7 @@ def drive(trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable
                 run.checkpoint(done, trainer.save)
         if run.folder is not None:
             trainer.save_model(run.folder)
+            run.say(f"the model is in {run.folder}")
         return run.metrics
     finally:
         restore()
