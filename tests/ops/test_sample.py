@@ -234,19 +234,19 @@ def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
 
 
 def test_threads_change_no_bit():
-    logits, before = rows((5, 40001), seed=13), torch.get_num_threads()
-    outputs = []
+    # Tensor.sum of one long row adds in another order than of many, once there is more than one thread.
+    logits, seeds = rows((6, 40001), torch.float64, seed=13), torch.arange(6)
+    before, expected = torch.get_num_threads(), sample(logits, top_p=0.9, seeds=seeds)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outputs.append(sample(logits, top_p=0.9, seeds=torch.arange(5)))
-            outputs.append(SampleOutput(*(f[2:3] for f in outputs[-1])))
-            alone = sample(logits[2:3], top_p=0.9, seeds=torch.tensor([2]))
-            assert all(torch.equal(a, b) for a, b in zip(outputs.pop(), alone, strict=True))
+            whole = sample(logits, top_p=0.9, seeds=seeds)
+            alone = [sample(logits[i : i + 1], top_p=0.9, seeds=seeds[i : i + 1]) for i in range(6)]
+            for field, theirs in enumerate(expected):
+                assert torch.equal(whole[field], theirs)
+                assert torch.equal(torch.cat([out[field] for out in alone]), theirs)
     finally:
         torch.set_num_threads(before)
-    for other in outputs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
 
 
 def test_chunks_of_rows_change_no_bit():
@@ -362,6 +362,26 @@ def test_top_p_on_a_boundary_is_exact(run, device):
             # transformers means the same, but its float32 sum may round to the other side of its threshold.
             theirs = int((transformers_scores(logits, top_p=count / size) > -math.inf).sum())
             assert theirs - count in ((0, 1) if size in (6, 7, 10, 11, 12) else (0,))
+
+
+def test_top_p_on_a_boundary_is_exact_in_float64(run, device):
+    for size in (2, 4, 8, 16):  # masses and thresholds that have no rounding
+        for count in range(1, size):
+            logits = torch.zeros(1, size, dtype=torch.float64)
+            assert int((transformers_scores(logits, top_p=count / size) > -math.inf).sum()) == count
+            assert int(call(run, device, logits, top_p=count / size).kept) == count
+
+
+def test_top_k_ties_after_the_temperature_as_in_transformers(run, device):
+    # Neighbouring float32 whose thirds are one float32: two logits before the division, one after it.
+    neighbours = [torch.tensor(1.75)]
+    while neighbours[-1] / 3 != neighbours[0] / 3 or len(neighbours) == 1:
+        neighbours = [*neighbours, torch.nextafter(neighbours[-1], torch.tensor(2.0))][-2:]
+    low, high = neighbours
+    assert low < high
+    logits = torch.stack([torch.tensor(0.0), high, low, torch.tensor(1.0)])[None]
+    assert int((transformers_scores(logits, temperature=3.0, top_k=1) > -math.inf).sum()) == 2
+    assert int(call(run, device, logits, temperature=3.0, top_k=1).kept) == 2
 
 
 def test_of_tied_tokens_top_p_keeps_the_last(run, device):

@@ -101,9 +101,9 @@ def _nucleus(logits: Tensor, weights: Tensor, top_p: Tensor, dtype: torch.dtype)
     size, total = weights.shape[1], row_sum(weights)
     if weights.device.type == "cpu" and top_p.numel():
         # Tokens that weigh less than a V-th of half the tail are inside it, all together: only the others are sorted.
-        # Rounded up to a power of two, so that a row's tree of sums does not depend on the other rows.
+        # How many that is, the other rows may decide: what comes after the last token that is kept changes no sum.
         heavy = (weights * (2 * size) >= (share * total)[:, None]).sum(-1).max()
-        size = min(size, 1 << int(heavy).bit_length())
+        size = max(1, int(heavy))
     largest = _largest(logits, size)
     # The first token at which the sum from the top reaches total - tail is the last one kept.
     reach = torch.nextafter(total * (1 - tail), torch.full_like(total, -inf))
