@@ -153,6 +153,13 @@ def test_the_environment_is_read_by_the_command_line_only(path):
         assert not re.search(r"\benviron\b|\bgetenv\b", path.read_text())
 
 
+def test_every_package_is_in_the_wheel():
+    lines = (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
+    listed = set(re.findall(r'"(rlhf_fast[\w.]*)"', lines))
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert listed == found | {"rlhf_fast.triton_kernels"}
+
+
 def test_no_module_is_named_after_nothing():
     forbidden = {"utils", "helpers", "common", "misc", "core", "base"}
     assert not [path for path in PYTHON if path.stem in forbidden]

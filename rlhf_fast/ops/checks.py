@@ -42,7 +42,7 @@ def check_range(op: str, name: str, value: float, low: float, high: float) -> No
 
 
 def check_offsets(op: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise ``ValueError`` unless the offsets rise from 0 to ``tokens``; on the CPU only, where a look costs no sync."""
+    """Raise ``ValueError`` unless the offsets rise from 0 to ``tokens``; on the CPU, where a look costs no sync."""
     if cu_seqlens.device.type != "cpu":
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or bool((cu_seqlens.diff() < 0).any()):
