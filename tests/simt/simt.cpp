@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "simt.hpp"
 
+#include <numeric>
+
 asm(R"(
 .text
 .globl simt_switch
@@ -48,7 +50,8 @@ void prepare(Block& b, int threads) {
   b.fibers.assign(threads, Fiber{});
   b.warps.assign((threads + warp_size - 1) / warp_size, Warp{});
   b.stacks.resize(stack_bytes * (threads + 1));  // the first is room for an overflow of the second
-  b.order.resize(threads);
+  b.order.resize(b.warps.size());
+  std::iota(b.order.begin(), b.order.end(), 0);
   b.barrier = Meeting{};
   b.alive = threads;
   for (int i = 0; i < threads; i++) {
@@ -64,32 +67,43 @@ void prepare(Block& b, int threads) {
     *--top = reinterpret_cast<void*>(&run_fiber);
     for (int r = 0; r < 6; r++) *--top = nullptr;  // the registers that simt_switch restores
     f.stack_pointer = top;
-    b.order[i] = i;
   }
 }
 
-void check(const Block& b) {
+void check(const Block& b, bool progress) {
   if (!b.error.empty()) throw std::runtime_error(b.error);
-  if (!b.progress && b.alive > 0) {
+  if (!progress && b.alive > 0) {
     throw std::runtime_error("simt: deadlock: a barrier or warp operation that not all threads reach");
   }
 }
 
+// Runs one fiber until it gives way.
+void resume(Block& b, Fiber& f) {
+  if (f.done || !b.error.empty()) return;
+  fiber = &f;
+  simt_switch(&b.scheduler, f.stack_pointer);
+  if (*f.canary != canary) b.error = "simt: a thread's stack overflowed";
+}
+
+// With a seed the warps come in any order and one may get far ahead of the others, as on a GPU.
 void run_block(Block& b, int threads) {
   prepare(b, threads);
   block = &b;
   std::minstd_rand random(seed + 1);
   while (b.alive > 0) {
-    b.progress = false;
+    bool progress = false;
     if (seed != 0) std::shuffle(b.order.begin(), b.order.end(), random);
-    for (int i : b.order) {
-      if (b.fibers[i].done) continue;
-      fiber = &b.fibers[i];
-      simt_switch(&b.scheduler, fiber->stack_pointer);
-      if (*fiber->canary != canary) b.error = "simt: a thread's stack overflowed";
-      if (!b.error.empty()) break;
+    for (int w : b.order) {
+      const int first = w * warp_size, lanes = std::min(warp_size, threads - first);
+      const int turn = seed == 0 ? 0 : random() % lanes;
+      int passes = seed == 0 ? 1 : 1 + random() % 32;
+      do {
+        b.progress = false;
+        for (int i = 0; i < lanes; i++) resume(b, b.fibers[first + (i + turn) % lanes]);
+        progress |= b.progress;
+      } while (b.progress && --passes > 0);
     }
-    check(b);
+    check(b, progress);
   }
 }
 

@@ -1,11 +1,12 @@
-// Runs CUDA source on the CPU: compile the .cu file as C++ with -DRLHF_FAST_SIMT and this header in place of the
-// runtime. SPDX-License-Identifier: Apache-2.0
+// Runs CUDA source on the CPU: compile it as C++ with -DRLHF_FAST_SIMT, and this stands in for the CUDA runtime.
+// SPDX-License-Identifier: Apache-2.0
 //
 // Every CUDA thread of a block is a fiber with a stack of its own. Fibers run one at a time and give way only at a
 // barrier or a warp operation; blocks are spread over the cores. What this finds: wrong numbers, a missing barrier (the
-// order of the fibers is shuffled by a seed, see simt.cpp), a barrier or warp operation that not all threads reach, or
-// that threads reach at different places of the source. What it does not model: races in general, warp operations on
-// part of a warp (an error here), memory ordering between blocks, alignment. x86-64 and the System V ABI only.
+// order of the warps and how far one gets ahead are drawn from a seed, see simt.cpp), a barrier or warp operation that
+// not all threads reach, or that threads reach at different places of the source. What it does not model: races in
+// general, warp operations on part of a warp (an error here), memory ordering between blocks, alignment. x86-64 and the
+// System V ABI only.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -59,7 +60,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<char> stacks;
-  std::vector<int> order;
+  std::vector<int> order;     // of the warps
   void* scheduler = nullptr;  // its stack pointer while a fiber runs
   const std::function<void()>* body = nullptr;
   Index index{};
