@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
 ARCHITECTURES = (80, 90, 100, 120)
+LENGTHS = (1000, 1, 16, 33, 4096)  # each variant must compile once for all of them
 NVCC_FLAGS = ["-cubin", "-std=c++17", "-O3", "-Xptxas=-warn-spills,-Werror", f"-I{ROOT / 'csrc'}"]
 
 
@@ -39,9 +40,9 @@ class Resources(NamedTuple):
     scan: str = ""  # of a Triton kernel: the layouts of its scans, which decide their bits
 
 
-def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None) -> list:
+def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
     """Arguments of the Triton function ``gae``: packed and bootstrapped with ``offsets``, else padded."""
-    shape = (4, 1000) if offsets is None else (4000,)
+    shape = (4, length) if offsets is None else (4 * length,)
     rewards, values, advantages, returns = (torch.empty(shape, dtype=dtype) for _ in range(4))
     cu_seqlens = None if offsets is None else torch.empty(5, dtype=offsets)
     last_values = None if offsets is None else torch.empty(4, dtype=dtype)
@@ -49,8 +50,8 @@ def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None) -> lis
     return [rewards, values, mask, last_values, cu_seqlens, 0.99, 0.95, holes, advantages, returns]
 
 
-#: Triton op → name of a variant → its arguments: every combination that compiles to something of its own.
-TRITON_CALLS: dict[str, dict[str, Callable[[], list]]] = {
+#: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
+TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
         f"{str(dtype).removeprefix('torch.')} {holes} {layout}": partial(gae_call, dtype, holes, offsets)
         for dtype, holes, layout, offsets in (
@@ -111,9 +112,9 @@ def triton_resources() -> Iterator[Resources]:
     import triton
     from triton.runtime.driver import driver
 
-    compiled = []
+    compiled: dict = {}  # in order, each once
     run = triton.runtime.JITFunction.run
-    triton.runtime.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: compiled.append(
+    triton.runtime.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: compiled.setdefault(
         run(self, *args, grid=grid, warmup=True, **kwargs)
     )
     for op, calls in TRITON_CALLS.items():
@@ -122,7 +123,8 @@ def triton_resources() -> Iterator[Resources]:
             for architecture in ARCHITECTURES:
                 driver.set_active(CompileOnly(architecture))
                 compiled.clear()
-                launch(*arguments())
+                for length in LENGTHS:
+                    launch(*arguments(length))
                 yield from (measured(kernel, variant, architecture) for kernel in compiled)
 
 

@@ -157,6 +157,25 @@ def test_gae_takes_any_strides(gae: Callable) -> None:
     assert all(torch.equal(g, p) for g, p in zip(got, plain, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (2, 5 * CHUNK), (2, 20 * CHUNK)])
+@pytest.mark.parametrize("offsets", [None, [0.2, 0.9], [0.3, 0.3, 0.95]])
+def test_gae_writes_every_token(shape: tuple[int, int], offsets: list[float] | None) -> None:
+    """Long padding on both sides and tokens outside of every sequence, on outputs that hold NaN."""
+    arguments = problem(shape, 0.9)
+    arguments["mask"][:, : shape[1] // 4] = False
+    arguments["mask"][:, shape[1] // 2 :] = False
+    cu_seqlens = None
+    if offsets is not None:
+        arguments = {name: a.flatten() for name, a in arguments.items()}
+        cu_seqlens = (torch.tensor(offsets) * arguments["mask"].numel()).long()
+    outputs = [torch.full_like(arguments["rewards"], torch.nan) for _ in range(2)]
+    views = [None if a is None else dispatch._view(a) for a in (*arguments.values(), None, cu_seqlens)]
+    build.cuda_module().gae(*views, 1.0, 0.95, "zero", *map(dispatch._view, outputs))
+    for output in outputs:
+        assert output.isfinite().all()
+        assert (output[~arguments["mask"]] == 0).all()
+
+
 @pytest.mark.parametrize("length", [128, 3000])
 def test_gae_bits_depend_on_later_tokens_alone(gae: Callable, length: int) -> None:
     """A warp full of tokens is scanned by a shorter way; a hole in front forbids it and changes nothing behind."""

@@ -1,6 +1,10 @@
 // What every CUDA host function needs: the runtime, a device guard, error checks and a launch.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #ifdef RLHF_FAST_SIMT
 #include "simt.hpp"  // the same source, compiled for the CPU (tests/simt)
 #else
@@ -29,6 +33,7 @@ class DeviceGuard {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const char* name, int64_t grid, int block, cudaStream_t stream,
             const Arguments&... arguments) {
+  if (grid > 0x7fffffff) throw std::length_error(std::string(name) + ": too many blocks for one launch");
 #ifdef RLHF_FAST_SIMT
   simt::launch([&] { kernel(arguments...); }, grid, block);
 #else
