@@ -126,13 +126,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, UNIT>) gae_apply_ker
   store(seq, top, items, scan, u);
 }
 
-// Blocks of the usual path would leave most of the GPU idle for long: decided by shapes alone, so without a sync.
+// The usual path would leave most of the GPU idle for long. Decided by shapes alone, so without a sync; the numbers are
+// estimates (a chunk takes about 1 us, the two launches more and the second read about 10), not measurements.
 bool few_and_long(int64_t sequences, int64_t longest, int64_t tokens) {
   return sequences <= 64 && longest >= 16 * CHUNK && tokens >= 4 * CHUNK * sequences;
 }
 
 template <class T, bool UNIT>
-void run(const Arguments<T>& args, cudaStream_t stream) {
+void enqueue(const Arguments<T>& args, cudaStream_t stream) {
   const bool packed = args.cu_seqlens != nullptr;
   const int64_t all = packed ? args.tokens : args.sequences * args.tokens;
   if (args.sequences > 0 && few_and_long(args.sequences, args.tokens, all)) {
@@ -193,7 +194,7 @@ void run(const View& rewards, const View& values, const View& mask, const View& 
                              zero};
   bool unit = true;
   for (const View* view : {&rewards, &values, &mask, &advantages, &returns}) unit &= view->stride[view->dims - 1] == 1;
-  unit ? run<T, true>(args, stream) : run<T, false>(args, stream);
+  unit ? enqueue<T, true>(args, stream) : enqueue<T, false>(args, stream);
 }
 
 }  // namespace
