@@ -11,6 +11,7 @@ from rlhf_fast.data import encode, pad
 from rlhf_fast.losses import kl_estimate
 from rlhf_fast.models import context_length, evaluating, load_scalar_model, load_tokenizer, sequence_scores, unwrap
 from rlhf_fast.ops.checks import FLOATS, check_choice, check_tensor
+from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.pretrained import is_scalar, read_config
 
 PLACES = ("last", "next")
@@ -56,6 +57,7 @@ def shape_rewards(
     check_tensor("shape_rewards", "scores", scores, dtypes=FLOATS, device=logprobs.device)
     if scores.shape not in (logprobs.shape, logprobs.shape[:1]):
         raise ValueError(f"shape_rewards: scores must be [B] or [B, T] of {list(mask.shape)}, got {list(scores.shape)}")
+    check_choice("shape_rewards", "kl", kl, KL_ESTIMATES)
     check_choice("shape_rewards", "at", at, PLACES)
     if clip_scores is not None and not clip_scores > 0:
         raise ValueError(f"shape_rewards: clip_scores must be above 0, got {clip_scores}")
@@ -64,7 +66,8 @@ def shape_rewards(
     scores = scores.to(dtype) if clip_scores is None else scores.to(dtype).clamp(-clip_scores, clip_scores)
     # Selected before the arithmetic: a NaN times 0 would leak, into the gradient too.
     both = (torch.where(mask, x.to(dtype), 0) for x in (logprobs, ref_logprobs))
-    rewards = torch.where(mask, -kl_coef * kl_estimate(*both, kind=kl), 0)
+    # A price of 0 is no price, even where the KL is infinite.
+    rewards = torch.where(mask & (kl_coef != 0), -kl_coef * kl_estimate(*both, kind=kl), 0)
     if mask.numel() == 0:
         return rewards
     if scores.dim() == 2:

@@ -97,13 +97,22 @@ def test_nothing_masked_leaks():
     assert logprobs.grad.tolist() == [[pytest.approx(np.exp(1) - 1), 0.0], [0.0, 0.0]]
 
 
+def test_a_price_of_0_is_none_even_where_the_kl_is_infinite():
+    logprobs, mask = torch.tensor([[-200.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    ref = torch.tensor([[0.0, -torch.inf]])
+    for price in (0.0, torch.tensor(0.0)):
+        for kind in ("k1", "k3"):  # exp(200) is beyond float32
+            made = shape_rewards(torch.ones(1), logprobs, ref, mask, kl_coef=price, kl=kind)
+            assert made.tolist() == [[0.0, 1.0]]
+
+
 def test_dtypes_and_errors():
     x, mask = torch.zeros(2, 3), right_padded([3, 1], 3)
     half = x.bfloat16()
     assert shape_rewards(half[:, 0], half, half, mask, kl_coef=0.1).dtype == torch.float32
     assert shape_rewards(x[:, 0].double(), x, x, mask, kl_coef=0.1).dtype == torch.float64
     for options, message in [
-        ({"kl": "k4"}, "k4"),
+        ({"kl": "k4"}, "shape_rewards: kl must be one of k1, k2, k3, abs, got 'k4'"),
         ({"at": "first"}, "shape_rewards: at must be one of last, next, got 'first'"),
         ({"clip_scores": 0.0}, "shape_rewards: clip_scores must be above 0, got 0.0"),
     ]:

@@ -1,5 +1,7 @@
 """What every public op checks about its tensors: errors that name the op, the argument, the rule and what came."""
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,29 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_number(op: str, name: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a number, of Python, numpy or a 0-d tensor."""
+    if not torch.compiler.is_compiling() and not hasattr(value, "__float__"):  # a symbol cannot be asked
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_finite(op: str, name: str, value: float) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a finite number."""
+    check_number(op, name, value)
+    if not -inf < value < inf:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a finite number above 0."""
+    check_number(op, name, value)
+    if not 0 < value < inf:
+        raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
+
+
 def check_range(op: str, name: str, value: float, low: float, high: float) -> None:
-    """Raise ``ValueError`` unless ``low <= value <= high`` (NaN is outside of every range)."""
+    """Raise ``TypeError`` or ``ValueError`` unless ``low <= value <= high`` (NaN is outside of every range)."""
+    check_number(op, name, value)
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must be between {low:g} and {high:g}, got {value}")
 

@@ -65,7 +65,8 @@ def gae(
     check_range("gae", "gamma", gamma, 0.0, 1.0)
     check_range("gae", "lam", lam, 0.0, 1.0)
     check_choice("gae", "holes", holes, HOLES)
-    dtype = torch.float64 if torch.float64 in (rewards.dtype, values.dtype) else torch.float32
+    given = (rewards, values) if last_values is None else (rewards, values, last_values)
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
     last = None if last_values is None else last_values.to(dtype)
     out = _gae(rewards.to(dtype), values.to(dtype), mask, last, cu_seqlens, gamma=gamma, lam=lam, holes=holes)
     return out[0], out[1]

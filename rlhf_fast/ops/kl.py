@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.dispatch import define
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_tensor
-from rlhf_fast.ops.logprobs import check_positive, entropy_of, flat_rows, normalised, row_blocks, row_sum, scaled
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_positive, check_tensor
+from rlhf_fast.ops.logprobs import entropy_of, flat_rows, normalised, row_blocks, row_sum, scaled
 
 
 class KLOutput(NamedTuple):

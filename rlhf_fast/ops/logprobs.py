@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.dispatch import define
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_tensor
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_positive, check_tensor
 
 #: The reference works on so many logits at a time: its float32 scratch fits in the cache.
 CHUNK = 1 << 19
@@ -122,12 +122,6 @@ def backward(
             dz *= 1 - (z * (temperature / softcap)) ** 2
         flat[at] = torch.where(valid[at, None], dz / temperature, 0).to(grad.dtype)
     return grad
-
-
-def check_positive(op: str, name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is finite and above 0."""
-    if not 0 < value < inf:
-        raise ValueError(f"{op}: {name} must be finite and above 0, got {value}")
 
 
 def flat_rows(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.dispatch import define
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_range, check_tensor
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_finite, check_positive, check_range, check_tensor
 
 AGGREGATES = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum")
 KL_ESTIMATES = ("k1", "k2", "k3", "abs")
@@ -108,8 +108,7 @@ def ppo_loss(
     check_range("ppo_loss", "log_ratio_clamp", log_ratio_clamp, 0.0, inf)
     check_range("ppo_loss", "dual_clip", 1.0 if dual_clip is None else dual_clip, 1.0, inf)
     for name, coef in (("vf_coef", vf_coef), ("entropy_coef", entropy_coef), ("kl_coef", kl_coef)):
-        if not -inf < coef < inf:
-            raise ValueError(f"ppo_loss: {name} must be finite, got {coef}")
+        check_finite("ppo_loss", name, coef)
     check_choice("ppo_loss", "kl", kl, KL_ESTIMATES)
     check_choice("ppo_loss", "aggregate", aggregate, AGGREGATES)
     if logprobs.dim() == 1 and aggregate.startswith("seq_"):
@@ -242,10 +241,12 @@ def _weights(mask: Tensor, aggregate: str, denominator: Tensor | None, dtype: to
 
 
 def _bounds(cliprange: float | tuple[float, float]) -> tuple[float, float]:
-    low, high = cliprange if isinstance(cliprange, tuple | list) else (cliprange, cliprange)
-    for bound in (low, high):
+    bounds = cliprange if isinstance(cliprange, tuple | list) else (cliprange, cliprange)
+    if len(bounds) != 2:
+        raise ValueError(f"ppo_loss: cliprange must be a number or (low, high), got {cliprange}")
+    for bound in bounds:
         check_range("ppo_loss", "cliprange", bound, 0.0, inf)
-    return float(low), float(high)
+    return float(bounds[0]), float(bounds[1])
 
 
 def _divisor(denominator: float | Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -255,8 +256,7 @@ def _divisor(denominator: float | Tensor | None, dtype: torch.dtype, device: tor
         rule, dtypes = "a number or 0-d", FLOATS + INTEGERS
         check_tensor("ppo_loss", "denominator", denominator, dtypes=dtypes, shape=(), rule=rule, device=device)
         return denominator.detach().to(dtype)
-    if not 0 < denominator < inf:
-        raise ValueError(f"ppo_loss: denominator must be finite and above 0, got {denominator}")
+    check_positive("ppo_loss", "denominator", denominator)
     return torch.full((), denominator, dtype=dtype, device=device)
 
 

@@ -206,7 +206,7 @@ class PPOTrainer:
         c = self.config
         with learning.autocast(self.device, c.precision):
             scores = self.reward(rollout.prompts, rollout.texts, **rollout.columns)
-        scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts).to(self.device)
+        scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts, mask=rollout.mask)
         rollout.scores = scores
         read = rollout.old_logprobs, rollout.ref_logprobs, rollout.mask
         rewards = shape_rewards(scores, *read, kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores)
@@ -281,8 +281,9 @@ class PPOTrainer:
     def _load_critic(self, critic: Any) -> nn.Module:
         """The critic asked for, else the reward model's copy if it reads the policy's tokens, else a new head."""
         reward = self.reward
-        if critic is None and isinstance(reward, ModelReward):
-            critic = reward.model if reward.tokenizer.get_vocab() == self.tokenizer.get_vocab() else None
+        shared = isinstance(reward, ModelReward) and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        if critic is None and shared:
+            return models.load_scalar_model(reward.model).requires_grad_(True)  # the reward may have been frozen
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             if critic is None:

@@ -238,6 +238,13 @@ def test_gradients_do_not_leak_from_masked_tokens():
     assert (values.grad[~mask] == 0).all()
 
 
+def test_one_float64_input_makes_float64_results():
+    rewards, values, mask = case((2, 5), torch.float32)
+    for at in range(3):
+        given = [x.double() if i == at else x for i, x in enumerate((rewards, values, torch.ones(2)))]
+        assert {x.dtype for x in gae(*given[:2], mask, last_values=given[2])} == {torch.float64}
+
+
 def test_a_second_derivative_raises():
     rewards, values, mask = case((2, 5), torch.float64, density=1.0)
     rewards.requires_grad_()
@@ -282,6 +289,7 @@ def test_bfloat16_values_give_float32():
         ({"last_values": torch.zeros(3)}, ValueError, r"gae: last_values must be \[B\]"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"gae: rewards must be \[N\] with cu_seqlens"),
         ({"gamma": 1.5}, ValueError, "gae: gamma must be between 0 and 1, got 1.5"),
+        ({"lam": None}, TypeError, "gae: lam must be a number, got NoneType"),
         ({"lam": float("nan")}, ValueError, "gae: lam must be between 0 and 1, got nan"),
         ({"holes": "carry"}, ValueError, "gae: holes must be one of skip, zero, got 'carry'"),
     ],

@@ -361,6 +361,7 @@ def test_compiles_without_a_graph_break_for_any_length():
         ({"mask": torch.ones(2, 3).bool()}, ValueError, "logprobs: mask must be like logits without"),
         ({"temperature": 0.0}, ValueError, "logprobs: temperature must be finite and above 0, got 0.0"),
         ({"temperature": math.nan}, ValueError, "logprobs: temperature must be finite and above 0, got nan"),
+        ({"temperature": "1"}, TypeError, "logprobs: temperature must be a number, got str"),
         ({"softcap": -1.0}, ValueError, "logprobs: softcap must be finite and above 0, got -1.0"),
     ],
 )

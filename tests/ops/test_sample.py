@@ -394,6 +394,15 @@ def test_min_p_keeps_every_tie_with_the_likeliest(run, device):
     assert int(call(run, device, logits, min_p=1.0).kept) == 2
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_min_p_on_a_boundary_keeps_what_transformers_keeps(run, device, temperature):
+    logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16], [1 / 3, 1 / 6, 1 / 6, 1 / 6, 1 / 6]]).log()
+    for min_p in (1 / 2, 1 / 4, 1 / 8):
+        scores = transformers_scores(logits, temperature, min_p=min_p)
+        out = call(run, device, logits, temperature=temperature, min_p=min_p)
+        assert out.kept.tolist() == (scores > -math.inf).sum(1).tolist(), min_p
+
+
 def test_filters_come_in_the_order_of_transformers(run, device):
     # Top-p acts on the renormalised top-k: of .5 .3 .2 the two largest are .625 .375, and .6 keeps one, not two.
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -563,6 +572,7 @@ def test_a_knob_that_nobody_could_check_gives_status_2():
         ({"temperature": torch.ones(2)}, ValueError, r"sample: temperature must be a number or \[B\], got \[2\]"),
         ({"temperature": "hot"}, TypeError, r"sample: temperature must be a number or a \[B\] tensor, got str"),
         ({"top_k": 2.5}, TypeError, r"sample: top_k must be an integer or a \[B\] tensor, got float"),
+        ({"top_k": math.nan}, ValueError, "sample: top_k must be an integer, got nan"),
         ({"top_k": torch.ones(3)}, TypeError, "sample: top_k must be int64, int32, got float32"),
         ({"top_p": math.nan}, ValueError, "sample: top_p must be a number, got nan"),
         ({"top_p": torch.full((3,), math.nan)}, ValueError, "sample: top_p must be a number, got nan in row 0"),

@@ -357,6 +357,16 @@ def test_a_dense_reward_lands_on_its_tokens():
     torch.testing.assert_close(trainer.score(rollout), expected)
 
 
+def test_what_a_dense_reward_says_of_padding_is_not_read():
+    trainer = build(kl_coef=0.0)
+    end_sooner(trainer)
+    rollout = trainer.rollout(trainer.prompts)
+    assert not rollout.mask.all()
+    dense = torch.where(rollout.mask, 1.0, torch.nan)
+    trainer.reward = lambda prompts, responses, **_: dense
+    assert trainer.score(rollout).sum(1).tolist() == rollout.mask.sum(1).tolist()
+
+
 def test_a_response_that_never_ends_costs_the_penalty():
     trainer = build(kl_coef=0.0, missing_eos_penalty=2.0, reward=lambda prompts, responses, **_: [1.0] * len(prompts))
     end_sooner(trainer)
@@ -453,6 +463,9 @@ def test_the_critic_starts_as_the_reward_model_where_both_read_the_same_tokens()
         assert torch.equal(trainer.critic.state_dict()[name], weight), name
     trainer.step(next(trainer.batches()))
     assert not torch.equal(trainer.critic.score.weight, judge.score.weight)  # a copy: the judge does not learn
+    frozen = build(reward=load_scalar_model(tiny_gpt2(seed=7)).requires_grad_(False))
+    assert all(weight.requires_grad for weight in frozen.critic.parameters())
+    assert not any(weight.requires_grad for weight in frozen.reward.model.parameters())
     assert build().critic.score.weight.abs().max() == 0  # no reward model: the policy's backbone and a head of zeros
     given = load_scalar_model(tiny_gpt2(seed=9))
     tokenizer = tiny_tokenizer()

@@ -51,7 +51,8 @@ def kept(
 ) -> Tensor | None:
     """Which tokens the three filters leave, ``[B, V]``; None for all."""
     keep = None
-    likely = None if min_p is None else weights >= min_p[:, None]
+    # In the scores' precision, as transformers compares: log(0.5) rounded to float32 weighs a hair less than 0.5.
+    likely = None if min_p is None else weights.to(scores.dtype) >= min_p.to(scores.dtype)[:, None]
     if top_k is not None:
         # transformers compares after the division, in the scores' precision: different logits may tie there.
         scaled = divided(scores, temperature)

@@ -40,6 +40,8 @@ def knob(
                 row = int(wrong[0])
                 raise ValueError(f"sample: {name} must be {rule}, got {value[row].item()} in row {row}")
         return value.to(torch.int64 if integer else torch.float64)
+    if isinstance(value, float) and value != value:
+        raise ValueError(f"sample: {name} must be {rule}, got nan")
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         kind = "an integer" if integer else "a number"
         raise TypeError(f"sample: {name} must be {kind} or a [B] tensor, got {type(value).__name__}")
