@@ -39,7 +39,7 @@ def carrying_loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 
 def measure(batch: int, tokens: int, device: str, *, packed: bool = False) -> dict:
-    """One row of the table: every candidate on one shape, the loops and the compiled reference only where T is small."""
+    """One row of the table: every candidate on one shape; the loops and the compiled reference where T is small."""
     shape = (tokens,) if packed else (batch, tokens)
     rewards, values = torch.randn(shape, device=device), torch.randn(shape, device=device)
     mask = torch.ones(shape, dtype=torch.bool, device=device)

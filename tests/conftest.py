@@ -18,6 +18,9 @@ import pytest  # noqa: E402
 import rlhf_fast.ops  # noqa: E402, F401
 from rlhf_fast import dispatch  # noqa: E402
 
+# The tensors here are small: a second thread costs more than it brings. Tests of threads ask for theirs.
+torch.set_num_threads(1)
+
 CUDA_SOURCES = Path(__file__).parent.parent / "kernels" / "cuda"
 
 

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import gae
 
 HOLES = ("skip", "zero")
+NOT_BUILT = "the C++ kernels were not built (RLHF_FAST_CPP=OFF): runs in every other build"
 FLOATS = (torch.float32, torch.float64)
 EPSILON = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -152,6 +154,20 @@ def test_a_row_does_not_depend_on_its_batch_or_its_padding(run, device, holes):
     for ours, theirs, padded in zip(whole, some, wide, strict=True):
         assert torch.equal(ours[order.to(device)], theirs)
         assert torch.equal(ours, padded[:, 7:157])
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS["gae"], reason=NOT_BUILT)
+def test_threads_change_no_bit():
+    given = case((33, 600))  # enough tokens for the kernel to share out its rows
+    expected = gae(*given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        out = gae(*given)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(out, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_strided_views(run, device):
@@ -303,9 +319,7 @@ def test_bad_input_names_op_argument_and_rule(change, error, message):
 @pytest.mark.parametrize("offsets", [[0, 5], [1, 6], [0, 4, 3, 6], [0, 7], [0, -1, 6]])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_offsets_that_do_not_rise_from_0_to_n(name, offsets):
-    from rlhf_fast.dispatch import IMPLEMENTATIONS
-
     if name not in IMPLEMENTATIONS["gae"]:
-        pytest.skip("the C++ kernels were not built (RLHF_FAST_CPP=OFF): runs in every other build")
+        pytest.skip(NOT_BUILT)
     with pytest.raises(ValueError, match="gae: cu_seqlens must rise from 0 to N = 6"):
         IMPLEMENTATIONS["gae"][name](*case((6,)), None, torch.tensor(offsets))
