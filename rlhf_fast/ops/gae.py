@@ -123,7 +123,7 @@ def backward(
     """Gradients of rewards, values and last_values: the same scan, run over the reversed sequences."""
     sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mask.numel() == 0:
-        return grad_advantages, grad_returns, grad_returns.new_zeros(sequences)
+        return torch.zeros_like(grad_advantages), torch.zeros_like(grad_returns), grad_returns.new_zeros(sequences)
     reversed_offsets = None if cu_seqlens is None else mask.shape[-1] - cu_seqlens.flip(0)
     # With "zero" a hole passes the gradient on, discounted, so that its own entry is needed: nothing is masked.
     through = mask if holes == "skip" else torch.ones_like(mask)

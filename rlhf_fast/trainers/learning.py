@@ -38,10 +38,15 @@ def trainable(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over ``(model, learning rate)`` groups; biases and norms do not decay."""
+    """AdamW over ``(model, learning rate)`` groups; biases and norms do not decay.
+
+    Raises ``ValueError`` where a model is frozen: the run would go on and teach it nothing.
+    """
     parameters = []
     for model, rate in groups:
         learned = [p for p in model.parameters() if p.requires_grad]
+        if not learned:
+            raise ValueError(f"no weight of {type(model).__name__} can be trained: requires_grad is False on all")
         parameters.append({"params": [p for p in learned if p.dim() > 1], "lr": rate, "weight_decay": weight_decay})
         parameters.append({"params": [p for p in learned if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
     parameters = [group | {"peak": group["lr"]} for group in parameters if group["params"]]

@@ -278,6 +278,12 @@ def test_opcheck(offsets):
     torch.library.opcheck(torch.ops.rlhf_fast.gae.default, args, {"gamma": 0.9, "lam": 0.8, "holes": "zero"})
 
 
+def test_the_gradient_of_nothing_is_no_view_of_its_input():
+    nothing = torch.zeros(2, 0)
+    args = (nothing, nothing.clone(), nothing.bool(), None)
+    torch.library.opcheck(torch.ops.rlhf_fast.gae_backward.default, args, {"gamma": 0.9, "lam": 0.8})
+
+
 def test_compiles_without_a_graph_break_for_any_length():
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: gae(*x, gamma=0.9)[1] * 2, fullgraph=True, dynamic=True)

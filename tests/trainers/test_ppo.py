@@ -535,6 +535,19 @@ def test_nan_in_the_loss_leaves_the_weights_alone(tmp_path):
     assert all(torch.equal(kept[k], v) for k, v in trainer.policy.state_dict().items() if k in kept)
 
 
+def test_a_frozen_policy_or_critic_is_refused():
+    from rlhf_fast.models import load_scalar_model
+
+    with pytest.raises(ValueError, match="no weight of GPT2LMHeadModel can be trained: requires_grad is False on all"):
+        build(make=lambda tokenizer: tiny_gpt2(tokenizer).requires_grad_(False))
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="no weight of GPT2ForSequenceClassification can be trained"):
+        PPOTrainer(
+            tiny_gpt2(tokenizer), reward=length_score, prompts=[{"prompt": "the"}], tokenizer=tokenizer,
+            critic=load_scalar_model(tiny_gpt2(tokenizer)).requires_grad_(False),
+        )  # fmt: skip
+
+
 def test_a_minibatch_larger_than_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"PPOConfig.minibatch_size 16 exceeds batch_size 4"):
         PPOConfig(batch_size=4)
