@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlhf_fast.flags import Parser, Sources, settings, suggestion
@@ -112,6 +113,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"rlhf-fast: {sentence(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"rlhf-fast: {type(error).__name__}: {sentence(error)} (--debug shows where)", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -151,10 +157,9 @@ def run_command(name: str, argv: list[str]) -> None:
 
 
 def quieten() -> None:
-    """Leave the terminal to our own progress bar: transformers draws one for each load and each save."""
+    """Leave the terminal to our own progress bar and sentences."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
@@ -174,23 +179,37 @@ def config_class(name: str) -> type:
 def reward_function(text: str) -> Any:
     """The function that ``package.module:function`` or ``file.py:function`` names, or ``text`` itself: a model."""
     match = re.fullmatch(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_]\w*)", text)
+    if match is None and text.endswith(".py"):
+        raise ValueError(f"{text}: name its function as well, {text}:function")
     if match is None or Path(text).exists():
         return text
     place, name = match.groups()
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise ValueError(f"{text}: there is no file {place}")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, str(Path.cwd()))
-        module = importlib.import_module(place)
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"{text}: there is no file {place}")
+    try:
+        module = file_module(Path(place)) if place.endswith(".py") else installed_module(place)
+    except Exception as error:
+        raise ValueError(f"{text}: importing {place} raised {type(error).__name__}: {error}") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{text}: {place} has no function {name}")
     return getattr(module, name)
+
+
+def file_module(path: Path) -> ModuleType:
+    """The module in the file ``path``, which finds the modules beside it as a script does."""
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def installed_module(name: str) -> ModuleType:
+    """The module ``name``, of the current folder or installed."""
+    sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
 
 
 def generate(sources: dict[str, Any], config: GenerateConfig) -> None:
@@ -198,22 +217,22 @@ def generate(sources: dict[str, Any], config: GenerateConfig) -> None:
     from rlhf_fast import data
     from rlhf_fast.generate import generate as write
 
-    prompts = [] if sources["prompt"] is None else [sources["prompt"]]
+    output = None if sources["output"] is None else Path(sources["output"])
+    records = [] if sources["prompt"] is None else [data.Record({"prompt": sources["prompt"]}, "--prompt")]
     if sources["prompts"] is not None:
-        for record in data.read_records(sources["prompts"]):
-            if "prompt" not in record:
-                raise data.DataError(f'{record.place}: "prompt" is missing')
-            prompts.append(record["prompt"])
-    if not prompts:
+        records += data.read_records(sources["prompts"])
+    if not records:
         raise ValueError("generate needs --prompt or --prompts")
-    if sources["output"] is not None and Path(sources["output"]).exists():
-        raise ValueError(f"{sources['output']} exists already: choose another --output")
-    texts = write(sources["model"], prompts, tokenizer=sources["tokenizer"], **dataclasses.asdict(config))
-    lines = [json.dumps({"prompt": p, "response": t}, ensure_ascii=False) for p, t in zip(prompts, texts, strict=True)]
-    if sources["output"] is None:
+    if output is not None and output.exists():
+        raise ValueError(f"{output} exists already: choose another --output")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}")
+    texts = write(sources["model"], records, tokenizer=sources["tokenizer"], **dataclasses.asdict(config))
+    if output is None:
         print("\n".join(texts))
-    else:
-        Path(sources["output"]).write_text("\n".join(lines) + "\n")
+        return
+    said = [{"prompt": record["prompt"], "response": text} for record, text in zip(records, texts, strict=True)]
+    output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said), encoding="utf-8")
 
 
 def doctor() -> str:
@@ -237,7 +256,8 @@ def doctor() -> str:
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
     ]
     built = cuda if isinstance(cuda, str) else f"built with CUDA {cuda.toolkit}, sees {cuda.device_count()} device(s)"
-    facts = [*(f"{package} {found}" for package, found in versions().items()), f"CUDA extension: {built}"]
+    facts = [f"{package} {found}" for package, found in versions().items()]
+    facts += [f"CUDA driver: {dispatch.driver()}", f"CUDA extension: {built}"]
     return "\n".join([*facts, "", *table])
 
 

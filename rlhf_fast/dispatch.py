@@ -12,6 +12,7 @@ allocated. A Triton kernel gets tensors; a compiled one gets ``(address, dtype c
 ``None`` for an absent one, and on CUDA the device index and the stream at the end.
 """
 
+import ctypes
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -122,6 +123,25 @@ def extension(name: str) -> ModuleType | str:
     if find_spec(f"rlhf_fast.{name}") is None:
         return f"rlhf_fast.{name} was not built"
     return import_module(f"rlhf_fast.{name}")
+
+
+def require(*packages: str) -> None:
+    """Raise ``ModuleNotFoundError`` in one sentence if one of ``packages``, all of the extra ``train``, is absent."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"{package} is not installed: pip install 'rlhf-fast[train]'", name=package)
+
+
+def driver() -> str:
+    """The newest CUDA that the installed driver runs, or that there is no driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "absent"
+    if failed:
+        return f"refuses to answer (error {failed})"
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _compiled(module: str) -> Callable[[str], Callable | str]:

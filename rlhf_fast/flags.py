@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ def settings(name: str, what: str, accepted: Sources, config: type, argv: list[s
     """The sources and the config of a command line; a flag wins over the file of ``--config``."""
     parsers = {field: value_parser(*kind) for field, kind in field_types(config).items()}
     parser = make_parser(name, what, accepted, config, parsers)
-    flags, unknown = parser.parse_known_args(argv)
+    flags, unknown = parser.parse_known_args(joined(argv))
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [f"--{field}" for field in (*accepted, *parsers)]
@@ -38,16 +39,27 @@ def settings(name: str, what: str, accepted: Sources, config: type, argv: list[s
     values = stored | given
     sources = {}
     for source, (_, default) in accepted.items():
-        sources[source] = values.pop(source, default)
-        if sources[source] is ...:
+        value = sources[source] = values.pop(source, default)
+        if value in (..., "") or (value is None and default is ...):
             raise ValueError(f"{name} needs --{source}")
-        if sources[source] is not None and not isinstance(sources[source], str):
-            raise ValueError(f"{path}: {source} must be a string, got {sources[source]!r}")
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{path}: {source} must be a string, got {value!r}")
     try:
         return sources, config(**values)
     except ValueError as error:
         field = str(error).split(" ")[0].split(".")[-1]
         raise ValueError(f"{path}: {error}" if field in stored and field not in given else str(error)) from error
+
+
+def joined(argv: list[str]) -> list[str]:
+    """``argv`` with ``--flag -value`` as ``--flag=-value``: argparse takes ``-1e-3`` and ``-hello`` for flags."""
+    words: list[str] = []
+    for word in argv:
+        if word.startswith("-") and not word.startswith("--") and words and re.fullmatch(r"--\w+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def make_parser(
@@ -64,7 +76,8 @@ def make_parser(
     for field in dataclasses.fields(config):
         choices = field.metadata.get("choices")
         metavar = "|".join(map(str, choices)) if choices else parsers[field.name].__name__.upper()
-        shown = f"{field.metadata.get('sentence', '')} [{field.default}]".replace("%", "%%")
+        default = field.default if isinstance(field.default, str) else str(field.default).lower()  # as it is typed
+        shown = f"{field.metadata.get('sentence', '')} [{default}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", type=parsers[field.name], metavar=metavar, help=shown, **keep)
     return parser
 
@@ -95,7 +108,9 @@ def read_config(path: str, known: list[str], parsers: dict[str, Callable[[str], 
     import yaml
 
     try:
-        stored = yaml.safe_load(Path(path).read_text())
+        stored = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid UTF-8 at byte {error.start + 1}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

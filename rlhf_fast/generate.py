@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.data import DataError, Record, encode, pad
+from rlhf_fast.dispatch import require
 from rlhf_fast.models import context_length, evaluating, forward, load_policy, load_tokenizer, unwrap
 from rlhf_fast.ops import sample
 
@@ -117,13 +118,15 @@ def generate(
         raise TypeError("generate: prompts must be a list, got one string")
     if batch_size < 1:
         raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
+    require("transformers", "accelerate")
     tokenizer = load_tokenizer(model, tokenizer)
     if not isinstance(model, nn.Module):
         from accelerate import PartialState
 
         model = load_policy(model, dtype="auto").to(PartialState().device)
-    encoded = [_encode(prompt, i, tokenizer) for i, prompt in enumerate(prompts, 1)]
-    _check_room(model, [len(ids) for ids in encoded], max_new_tokens)
+    records = [p if isinstance(p, Record) else Record({"prompt": p}, f"prompt {i}") for i, p in enumerate(prompts, 1)]
+    encoded = [_encode(record, tokenizer) for record in records]
+    _check_room(model, [len(ids) for ids in encoded], max_new_tokens, [record.place for record in records])
     source = None if seed is None else torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(encoded),), generator=source)
     stop_ids, device = stop_tokens(model, tokenizer), next(model.parameters()).device
@@ -156,12 +159,12 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *more})
 
 
-def _encode(prompt: Any, number: int, tokenizer: Any) -> list[int]:
+def _encode(record: Record, tokenizer: Any) -> list[int]:
     from rlhf_fast.columns import prompt_text
 
-    ids = encode(tokenizer, prompt_text(Record({"prompt": prompt}, f"prompt {number}"), tokenizer))
+    ids = encode(tokenizer, prompt_text(record, tokenizer))
     if not ids:
-        raise DataError(f"prompt {number}: it is empty")
+        raise DataError(f"{record.place}: it is empty")
     return ids
 
 
@@ -170,14 +173,15 @@ def _check(model: Any, prompt_mask: Tensor, max_new_tokens: int) -> None:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not bool(prompt_mask[:, -1:].all()) or prompt_mask.shape[1] == 0:
         raise ValueError("decode: every prompt must have a token, and be padded on the left")
-    _check_room(model, prompt_mask.sum(1).tolist(), max_new_tokens)
+    lengths = prompt_mask.sum(1).tolist()
+    _check_room(model, lengths, max_new_tokens, [f"prompt {i + 1}" for i in range(len(lengths))])
 
 
-def _check_room(model: Any, lengths: list[int], max_new_tokens: int) -> None:
+def _check_room(model: Any, lengths: list[int], max_new_tokens: int, places: list[str]) -> None:
     limit = context_length(model)
-    for number, length in enumerate(lengths, 1):
+    for place, length in zip(places, lengths, strict=True):
         if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
-                f"prompt {number} has {length} tokens: with max_new_tokens={max_new_tokens} that is more than the "
+                f"{place} has {length} tokens: with max_new_tokens={max_new_tokens} that is more than the "
                 f"model's context of {limit}"
             )

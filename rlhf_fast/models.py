@@ -8,7 +8,7 @@ positions counted from it, so that neither the side nor the amount of padding ch
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer
+from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer, silent
 
 NOISE = re.compile(r"drop|jitter")
 
@@ -200,11 +200,17 @@ def evaluating(model: Any) -> Iterator[None]:
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``."""
+    from safetensors import SafetensorError
+
     inner = unwrap(model)
     if getattr(inner.config, "pad_token_id", None) is None:
         inner.config.pad_token_id = tokenizer.pad_token_id
-    inner.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        with silent():
+            inner.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
 
 
 def context_length(model: Any) -> int | None:
@@ -213,6 +219,22 @@ def context_length(model: Any) -> int | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return next((n for n in lengths if isinstance(n, int) and n > 0), None)
+
+
+def allowed_length(model: Any, max_length: int | None) -> int | None:
+    """``max_length``, or the model's context where it is None. Raises ``ValueError`` if it exceeds that context."""
+    limit = context_length(model)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ValueError(f"max_length {max_length} exceeds the model's context of {limit}")
+    return limit if max_length is None else max_length
+
+
+def check_tokens(model: Any, tokenizer: Any, sequences: Iterable[list[int]]) -> None:
+    """Raise ``ValueError`` where the pad token or a token of ``sequences`` has no embedding in ``model``."""
+    rows = unwrap(model).get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.pad_token_id, max((max(ids) for ids in sequences if ids), default=0))
+    if highest >= rows:
+        raise ValueError(f"the tokenizer's token {highest} is none of the model's {rows}: it belongs to another model")
 
 
 def unwrap(model: Any) -> Any:

@@ -3,6 +3,8 @@
 Pickled weights are refused: unpickling runs whatever code the file holds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,25 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 def is_local(source: str | Path) -> bool:
     """Whether ``source`` means a folder rather than a Hub id: it exists, or looks like a path, or its parent exists."""
-    path = Path(source)
-    looks = str(source).startswith((".", "/", "~")) or len(path.parts) > 2 or isinstance(source, Path)
+    path, name = Path(source), str(source)
+    looks = name.startswith((".", "/", "~")) or name.endswith("/") or len(path.parts) > 2 or isinstance(source, Path)
     return looks or path.exists() or (len(path.parts) == 2 and path.parent.is_dir())
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Neither progress bars nor warnings of transformers: a report of theirs would bury our sentence or our own bar."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def read(reader: Any, source: str | Path, **options: Any) -> Any:
@@ -26,17 +44,14 @@ def read(reader: Any, source: str | Path, **options: Any) -> Any:
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # its load report would bury the sentence
+    local = is_local(source)
     try:
-        return reader.from_pretrained(str(Path(source).expanduser()), local_files_only=is_local(source), **options)
+        with silent() if local else nullcontext():  # a download shows its progress
+            return reader.from_pretrained(str(Path(source).expanduser()), local_files_only=local, **options)
     except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    finally:
-        logging.set_verbosity(before)
-    raise ValueError(f"{source} {'cannot be loaded' if is_local(source) else 'is no folder here'}: {reason}")
+    raise ValueError(f"{source} {'cannot be loaded' if local else 'is no folder here'}: {reason}")
 
 
 def is_scalar(config: Any) -> bool:
@@ -56,9 +71,12 @@ def read_config(source: str | Path) -> Any:
 def read_model(model_class: Any, source: str | Path, *, dtype: torch.dtype | str) -> Any:
     """The model of ``model_class`` at ``source``, from safetensors.
 
-    Raises ``ValueError`` if weights are missing: transformers fills them with random numbers and goes on.
+    Raises ``ValueError`` if weights are missing, which transformers fills with random numbers, or of another shape.
     """
-    model, report = read(model_class, source, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    strict = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = read(model_class, source, dtype=dtype, **strict)
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"{source}: {name} is {list(stored)}, and {list(expected)} by config.json")
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -73,8 +91,7 @@ def read_tokenizer(source: str | Path) -> Any:
 
     folder = Path(source).expanduser()
     if is_local(source):
-        if not folder.is_dir():
-            raise ValueError(f"{source} holds no tokenizer: there is no such folder")
+        _check_is_folder(source, "tokenizer")
         if not any(file for pattern in ("tokenizer*", "vocab*", "*.model") for file in folder.glob(pattern)):
             raise ValueError(f"{source} holds no tokenizer: tokenizer.json is missing")
     return read(AutoTokenizer, source)
@@ -83,10 +100,7 @@ def read_tokenizer(source: str | Path) -> Any:
 def check_folder(source: str | Path) -> None:
     """Raise ``ValueError`` unless the folder ``source`` holds a whole model with its weights in safetensors."""
     folder = Path(source).expanduser()
-    if not folder.exists():
-        raise ValueError(f"{source} holds no model: there is no such folder")
-    if not folder.is_dir():
-        raise ValueError(f"{source} holds no model: it is a file, not a folder")
+    _check_is_folder(source, "model")
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(f"{source} holds an adapter, not a whole model: merge it into its model and save that")
@@ -100,3 +114,11 @@ def check_folder(source: str | Path) -> None:
             "convert them to safetensors first"
         )
     raise ValueError(f"{source} holds no model: there is no .safetensors file")
+
+
+def _check_is_folder(source: str | Path, what: str) -> None:
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        raise ValueError(f"{source} holds no {what}: there is no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{source} holds no {what}: it is a file, not a folder")

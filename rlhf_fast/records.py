@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+TOO_MUCH = "a number of thousands of digits, or brackets in thousands of brackets"
+
 
 class DataError(ValueError):
     """Broken training data; the message starts with the place: ``prefs.jsonl:17: "rejected" is missing``."""
@@ -88,6 +90,8 @@ def _json(content: bytes, name: str) -> Iterator[Record]:
         raise DataError(f"{name}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:
         raise DataError(_not_utf8(content, name)) from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{name}: {TOO_MUCH}") from None
     if not isinstance(parsed, list):
         raise DataError(f"{name}: it must hold a list of records, got {kind(parsed)}")
     yield from _numbered(parsed, f"{name}: ")
@@ -102,6 +106,9 @@ def _csv(content: bytes, name: str) -> Iterator[Record]:
     try:
         rows = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(rows, [])
+        twice = next((column for column in header if header.count(column) > 1), None)
+        if twice is not None:
+            raise DataError(f'{name}:1: the column "{twice}" stands there twice')
         line = rows.line_num + 1
         for row in rows:
             place, line = f"{name}:{line}", rows.line_num + 1
@@ -144,6 +151,8 @@ def _parse(line: bytes, place: str) -> Any:
         raise DataError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not valid UTF-8 at byte {error.start + 1}") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{place}: {TOO_MUCH}") from None
 
 
 def _not_utf8(content: bytes, name: str) -> str:

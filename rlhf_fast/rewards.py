@@ -1,5 +1,6 @@
 """Rewards: what scores a response, and how a score and the KL become one reward per token."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,20 @@ def load_reward(
     if not callable(source):
         raise TypeError(f"the reward must be a path, a module or a callable, got {type(source).__name__}")
     return source  # type: ignore[no-any-return]
+
+
+def ask(
+    reward: Callable[..., Any], prompts: Sequence[str], responses: Sequence[str], columns: dict[str, list[Any]]
+) -> Any:
+    """What ``reward`` returns. Raises ``ValueError`` that names the line of a function which raised something."""
+    try:
+        return reward(prompts, responses, **columns)
+    except Exception as error:
+        if isinstance(reward, ModelReward):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
+        raise ValueError(f"the reward raised {type(error).__name__}{place}: {error}") from error
 
 
 class ModelReward:

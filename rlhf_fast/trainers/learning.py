@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.dispatch import require
+
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
+#: What a run needs of the extra ``train``, asked for at its start.
+PACKAGES = ("transformers", "accelerate", "tqdm", "tensorboard", "rich")
 
 
 def accelerator() -> Any:
@@ -15,8 +19,9 @@ def accelerator() -> Any:
 
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
     float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
-    trainers cannot do.
+    trainers cannot do, ``ModuleNotFoundError`` where one of ``PACKAGES`` is absent.
     """
+    require(*PACKAGES)
     from accelerate import Accelerator
 
     found = Accelerator()

@@ -19,6 +19,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def chosen(config: Any, kind: type) -> Any:
+    """``config``, or the defaults of ``kind`` if it is None. Raises ``TypeError`` where it is nothing of that kind."""
+    if config is not None and not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+    return kind() if config is None else config
+
+
 def field_types(config: type) -> dict[str, tuple[type, bool]]:
     """Field → (its type, whether None is allowed), in the order of the fields."""
     types = {}

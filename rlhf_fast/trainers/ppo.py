@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from rlhf_fast import data, models, ops
 from rlhf_fast.generate import decode, stop_tokens, texts_of
 from rlhf_fast.losses import AdaptiveKL, whiten
-from rlhf_fast.rewards import ModelReward, check_scores, load_reward, shape_rewards
+from rlhf_fast.rewards import ModelReward, ask, check_scores, load_reward, shape_rewards
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.trainers import learning
-from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, drive, save_state, stream
 
 PROMPTS, SEEDS, MINIBATCHES = 0, 1, 2  # what a random stream is for
@@ -102,19 +102,20 @@ class PPOTrainer:
         critic: Any = None,
     ) -> None:
         check_folder(output_dir)
-        c = self.config = config or PPOConfig()
+        c = self.config = chosen(config, PPOConfig)
         self.output_dir = output_dir
         self.accelerator = learning.accelerator()
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
-        policy = models.load_policy(model)
-        self.prompts = self._tokenise(records, models.context_length(policy))
-        self.policy = learning.trainable(policy, device)
+        self.policy = learning.trainable(models.load_policy(model), device)
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept).to(device)
         self.reward = load_reward(reward, self.tokenizer, device=device)
+        alike = isinstance(self.reward, ModelReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        self.scorer = self.reward.model if alike else None  # a reward model that reads the policy's tokens
         self.critic = learning.trainable(self._load_critic(critic), device)
+        self.prompts = self._tokenise(records)
         self.stop_ids = stop_tokens(self.policy, self.tokenizer)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
@@ -124,14 +125,17 @@ class PPOTrainer:
         self.done = self.updates = 0  # PPO steps, optimizer steps
         self.samples: list[dict[str, Any]] = []
 
-    def _tokenise(self, records: list[data.Record], context: int | None) -> list[data.Prompt]:
-        c = self.config
-        room = c.max_prompt_length
-        if context is not None:
-            room = min(room or context, context - c.max_new_tokens)
-            if room < 1:
-                raise ValueError(f"PPOConfig.max_new_tokens {c.max_new_tokens} fills the model's context of {context}")
-        return data.prompt_examples(records, self.tokenizer, max_length=room, overlong=c.overlong)
+    def _tokenise(self, records: list[data.Record]) -> list[data.Prompt]:
+        c, readers = self.config, {self.policy: 0, self.reference: 0, self.critic: 0}
+        readers |= {} if self.scorer is None else {self.scorer: 1}  # it reads an end token after every response
+        rooms = [n - c.max_new_tokens - ends for m, ends in readers.items() if (n := models.context_length(m))]
+        if min(rooms, default=1) < 1:
+            raise ValueError(f"PPOConfig.max_new_tokens {c.max_new_tokens} fills the context: no room for a prompt")
+        rooms += [] if c.max_prompt_length is None else [c.max_prompt_length]
+        limits = {"max_length": min(rooms, default=None), "overlong": c.overlong}
+        examples = data.prompt_examples(records, self.tokenizer, **limits)
+        models.check_tokens(self.policy, self.tokenizer, (example.ids for example in examples))
+        return examples
 
     def train(self) -> dict[str, float]:
         """Run every step and leave the policy in ``output_dir``; returns the last metrics."""
@@ -205,7 +209,7 @@ class PPOTrainer:
         """The reward's score less the price of the KL, as one reward per token ``[B, T]``. Keeps ``rollout.scores``."""
         c = self.config
         with learning.autocast(self.device, c.precision):
-            scores = self.reward(rollout.prompts, rollout.texts, **rollout.columns)
+            scores = ask(self.reward, rollout.prompts, rollout.texts, rollout.columns)
         scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts, mask=rollout.mask)
         rollout.scores = scores
         read = rollout.old_logprobs, rollout.ref_logprobs, rollout.mask
@@ -280,10 +284,8 @@ class PPOTrainer:
 
     def _load_critic(self, critic: Any) -> nn.Module:
         """The critic asked for, else the reward model's copy if it reads the policy's tokens, else a new head."""
-        reward = self.reward
-        shared = isinstance(reward, ModelReward) and reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        if critic is None and shared:
-            return models.load_scalar_model(reward.model).requires_grad_(True)  # the reward may have been frozen
+        if critic is None and self.scorer is not None:
+            return models.load_scalar_model(self.scorer).requires_grad_(True)  # the reward may have been frozen
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             if critic is None:

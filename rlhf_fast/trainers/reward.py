@@ -1,5 +1,6 @@
 """Reward modelling: a scalar head learns which of two answers people prefer (Bradley–Terry; Stiennon et al. 2020)."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss
 from rlhf_fast.trainers import learning
-from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, save_state
 
 
@@ -67,16 +68,18 @@ class RewardTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir)
-        self.config, self.output_dir = config or RewardConfig(), output_dir
+        self.accelerator = learning.accelerator()
+        self.config, self.output_dir = chosen(config, RewardConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             scorer = models.load_scalar_model(model)
-        self.max_length = self.config.max_length or models.context_length(scorer)
+        self.max_length = models.allowed_length(scorer, self.config.max_length)
         self.pairs = self._tokenise(records)
         self.eval_pairs = self._tokenise(eval_records) if eval_records else []
-        self.accelerator = learning.accelerator()
+        answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
+        models.check_tokens(scorer, self.tokenizer, itertools.chain.from_iterable(answers))
         self.model = learning.trainable(scorer, self.accelerator.device)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.pairs) / self.config.batch_size)

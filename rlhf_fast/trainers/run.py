@@ -62,7 +62,11 @@ class Run:
             check_folder(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
-            (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            try:
+                with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
+                    file.write(json.dumps(record, indent=2) + "\n")
+            except FileExistsError:
+                check_folder(self.folder)
             self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
             self.board = SummaryWriter(str(self.folder / "tensorboard"))
         from tqdm import tqdm
@@ -98,7 +102,7 @@ class Run:
     def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append ``{prompt, response, score}`` records to samples.jsonl and print them as a table."""
         if self.folder is not None:
-            with open(self.folder / "samples.jsonl", "a") as lines:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as lines:
                 lines.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
         if self.quiet:
             return
@@ -125,6 +129,18 @@ class Run:
         os.replace(partial, final)
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
+
+    def finish(self, save: Callable[[Path], None]) -> None:
+        """Let ``save`` write the result into the folder: its files appear once all are written."""
+        if self.folder is None:
+            return
+        partial = self.folder / "model.partial"
+        partial.mkdir()
+        save(partial)
+        for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # without it, no model
+            os.replace(file, self.folder / file.name)
+        partial.rmdir()
+        self.say(f"the model is in {self.folder}")
 
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -160,11 +176,13 @@ def drive(trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable
             updates = trainer.updates
             try:
                 stats = trainer.step(batch)
-            except (FloatingPointError, ValueError) as error:
+            except Exception as error:
                 if trainer.updates == updates and done:  # nothing of this step has reached the weights
                     run.checkpoint(done, trainer.save)
-                kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
-                raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
+                for kind in (FloatingPointError, ValueError, TypeError):
+                    if isinstance(error, kind):
+                        raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
+                raise
             done += 1
             run.log(done, stats | trainer.after(done, run), live=live)
             run.bar.update()
@@ -174,9 +192,7 @@ def drive(trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable
                 raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
             if save_every and done % save_every == 0:
                 run.checkpoint(done, trainer.save)
-        if run.folder is not None:
-            trainer.save_model(run.folder)
-            run.say(f"the model is in {run.folder}")
+        run.finish(trainer.save_model)
         return run.metrics
     finally:
         restore()

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast import data, models, ops
 from rlhf_fast.data import read_records
 from rlhf_fast.trainers import learning
-from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, save_state
 
 
@@ -65,14 +65,15 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir)
-        self.config, self.output_dir = config or SFTConfig(), output_dir
+        self.accelerator = learning.accelerator()
+        self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         policy = models.load_policy(model)
-        self.max_length = self.config.max_length or models.context_length(policy)
+        self.max_length = models.allowed_length(policy, self.config.max_length)
         self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
-        self.accelerator = learning.accelerator()
+        models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
         self.model = learning.trainable(policy, self.accelerator.device)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
