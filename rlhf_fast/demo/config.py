@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from rlhf_fast.trainers.options import option, validate
 
 
@@ -13,27 +11,27 @@ class DemoConfig:
 
     output_dir: str = option("runs/demo", "a new folder for the models, the data, the figures and report.html")
     seed: int = option(0, "of the reviews, the weights, the annotators and every trainer", low=0)
-    threads: int | None = option(None, "CPU threads; PyTorch's choice, all cores, if absent", low=1)
+    threads: int = option(2, "CPU threads, fewer if there are fewer; the models are too small to feed more", low=1)
     vocab_size: int = option(1024, "most entries of the tokenizer", low=320, high=32768)
     layers: int = option(2, "blocks of the transformer", low=1)
     width: int = option(128, "size of its hidden states; a head has 32 of them", low=32)
     max_new_tokens: int = option(72, "longest response in tokens", low=16, high=160)
-    sft_steps: int = option(1000, "optimizer steps of supervised fine-tuning, each on new reviews", low=1)
+    sft_steps: int = option(1300, "optimizer steps of supervised fine-tuning, each on new reviews", low=1)
     sft_batch_size: int = option(32, "reviews per optimizer step", low=1)
-    sft_learning_rate: float = option(5e-3, "peak learning rate of supervised fine-tuning", above=0.0)
-    pairs: int = option(3000, "prompts answered twice for the annotators to compare", low=2)
-    held_out_pairs: int = option(512, "pairs that the reward model is tested on", low=2)
+    sft_learning_rate: float = option(1e-2, "peak learning rate of supervised fine-tuning", above=0.0)
+    pairs: int = option(2000, "prompts answered twice for the annotators to compare", low=2)
+    held_out_pairs: int = option(512, "pairs that the reward model is tested on", low=2, high=900)
     noise: float = option(2.0, "gold points at which an annotator is right with odds of e to 1", above=0.0)
     reward_epochs: int = option(2, "passes over the pairs", low=1)
     reward_batch_size: int = option(32, "pairs per optimizer step", low=1)
     reward_learning_rate: float = option(1e-3, "peak learning rate of the reward model", above=0.0)
-    ppo_steps: int = option(60, "PPO steps", low=1)
+    ppo_steps: int = option(40, "PPO steps", low=1)
     ppo_batch_size: int = option(64, "responses per PPO step", low=2)
-    ppo_minibatch_size: int = option(32, "responses per optimizer step", low=1)
+    ppo_minibatch_size: int = option(16, "responses per optimizer step", low=1)
     ppo_epochs: int = option(3, "passes over the responses of a PPO step", low=1)
-    ppo_learning_rate: float = option(3e-4, "peak learning rate of the policy", above=0.0)
+    ppo_learning_rate: float = option(2e-4, "peak learning rate of the policy", above=0.0)
     critic_learning_rate: float = option(1e-3, "peak learning rate of the critic", above=0.0)
-    kl_coef: float = option(0.05, "price of a nat of KL from the SFT model, in units of the reward model", low=0.0)
+    kl_coef: float = option(0.5, "price of a nat of KL from the SFT model, in units of the reward model", low=0.0)
     held_out_prompts: int = option(256, "prompts that the gold judge compares the models on", low=2, high=900)
     quiet: bool = option(False, "no progress bars and no tables")
 
@@ -51,7 +49,7 @@ class DemoConfig:
 def quick(output_dir: str, seed: int = 0) -> DemoConfig:
     """A demo of some seconds that exercises every stage and reaches no threshold."""
     return DemoConfig(
-        output_dir=output_dir, seed=seed, threads=min(2, torch.get_num_threads()), layers=1, width=64, sft_steps=40,
+        output_dir=output_dir, seed=seed, layers=1, width=64, sft_steps=40,
         sft_batch_size=16, pairs=48, held_out_pairs=24, reward_epochs=1, reward_batch_size=16, ppo_steps=3,
         ppo_batch_size=16, ppo_minibatch_size=8, ppo_epochs=2, held_out_prompts=16, quiet=True,
     )  # fmt: skip

@@ -14,12 +14,12 @@ from rlhf_fast.demo.stages import answer
 
 #: Figure → the least and the most that it may be, and what it says.
 THRESHOLDS = {
-    "sft_positive_share": (0.35, 0.65, "responses the gold judge likes, after SFT"),
-    "ppo_positive_share": (0.90, 1.0, "responses the gold judge likes, after PPO"),
-    "win_rate": (0.80, 1.0, "prompts on which PPO's gold score beats SFT's, ties half"),
-    "reward_accuracy": (0.85, 1.0, "held-out pairs that the reward model orders like the gold judge"),
-    "sequence_kl": (0.0, 20.0, "mean KL of PPO from SFT over a response, in nats"),
-    "grammar_drop": (-1.0, 0.0999, "share of grammatical responses lost from SFT to PPO"),
+    "sft_positive_share": (0.35, 0.65, "gold-positive share after SFT"),
+    "ppo_positive_share": (0.90, 1.0, "gold-positive share after PPO"),
+    "win_rate": (0.80, 1.0, "win rate of PPO over SFT, ties half"),
+    "reward_accuracy": (0.85, 1.0, "reward model's accuracy"),
+    "sequence_kl": (0.0, 20.0, "KL of PPO from SFT, nats a response"),
+    "grammar_drop": (-1.0, 0.0999, "grammar acceptance lost by PPO"),
 }
 
 
@@ -65,7 +65,10 @@ def sequence_kl(
 
 def compare_models(config: DemoConfig, sft: Any, ppo: Any, tokenizer: Any, asked: Sequence[Prompt]) -> dict[str, Any]:
     """Both models answer every prompt; returns ``{"figures", "sft", "ppo"}``, the last two as ``Answers``."""
-    texts = {n: answer(m, tokenizer, asked, config, config.seed + 19) for n, m in (("sft", sft), ("ppo", ppo))}
+    texts = {
+        "sft": answer(sft, tokenizer, asked, config, config.seed + 19),
+        "ppo": answer(ppo, tokenizer, asked, config, config.seed + 23),
+    }
     answers = {name: judge_answers(asked, text) for name, text in texts.items()}
     figures = {f"{name}_{what}": value for name, a in answers.items() for what, value in a.figures.items()}
     rate = win_rate(answers["ppo"].scores, answers["sft"].scores)

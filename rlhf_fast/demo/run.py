@@ -106,7 +106,7 @@ def _settings(config: DemoConfig) -> Iterator[None]:
     from transformers.utils import logging
 
     threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
-    torch.set_num_threads(config.threads or threads)
+    torch.set_num_threads(min(config.threads, threads))
     logging.disable_progress_bar()
     try:
         yield
@@ -148,18 +148,18 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
         if f"{name}_low" in figures:
             value += f"  [{figures[f'{name}_low']:.3f}, {figures[f'{name}_high']:.3f}]"
         goal = {
-            "sequence_kl": f"≤ {high:g}",
-            "grammar_drop": "< 0.10",
-            "sft_positive_share": f"{low:.2f} to {high:.2f}",
+            "sequence_kl": f"≤\u00a0{high:g}",
+            "grammar_drop": "<\u00a00.10",
+            "sft_positive_share": f"{low:.2f}–{high:.2f}",
         }
-        rows.append((sentence, value, goal.get(name, f"≥ {low:.2f}"), results["thresholds"][name]["holds"]))
+        rows.append((sentence, value, goal.get(name, f"≥\u00a0{low:.2f}"), results["thresholds"][name]["holds"]))
     return rows
 
 
 def _more_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     figures = results["figures"]
     names = {
-        "positive_share": "share the gold judge likes", "gold_score": "mean gold score",
+        "positive_share": "gold-positive share", "gold_score": "mean gold score",
         "grammar_share": "share the grammar accepts", "distinct_share": "share of different responses",
         "words": "words per response",
     }  # fmt: skip
@@ -181,8 +181,12 @@ def _report(folder: Path, results: dict[str, Any], samples: list[Sample]) -> Pat
         read_lines(folder / name)
         for name in ("sft/metrics.jsonl", "reward/metrics.jsonl", "ppo/metrics.jsonl", "ppo/gold.jsonl")
     )
-    interval = "In brackets: 95 % Wilson intervals."
     n = results["counts"]
+    note = (
+        "Gold-positive: the gold judge's score is above 0. The win rate compares the two models' answers to the same "
+        f"prompt. The reward model is tested on {n['held_out_pairs']} pairs labelled by the gold score without noise, "
+        "ties left out. In brackets: 95 % Wilson intervals."
+    )
     summary = (
         f"A GPT-2 of {n['parameters']:,} parameters learned to write reviews (SFT). From {n['pairs']:,} pairs of its "
         "reviews a reward model learned which of the two an annotator prefers; the annotators toss a coin weighted by "
@@ -202,7 +206,7 @@ def _report(folder: Path, results: dict[str, Any], samples: list[Sample]) -> Pat
         Curve("Reward model's loss", {"loss": series(reward, "loss")}, "reward step", "nats per pair"),
     ]
     tables = [
-        Table("Figures", ("figure", "value", "goal", ""), _rows(results), interval),
+        Table("Figures", ("figure", "value", "goal", ""), _rows(results), note),
         Table("Before and after", ("", "SFT", "PPO"), _more_rows(results)),
     ]
     return write_report(
