@@ -4,12 +4,11 @@
 // carry waits for the block to its right: about one fused multiply-add of latency per 16 tokens, not per token.
 // Blocks are laid from the last valid token to the left: padding on either side, packing and the other rows of the
 // batch change no bit.
+#include "../gae.h"
+
 #include <omp.h>
 
 #include <cstring>
-#include <stdexcept>
-
-#include "../ops.h"
 
 #define INLINE inline __attribute__((always_inline))
 #define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -241,6 +240,7 @@ void run(const View& rewards, const View& values, const View& mask, const View& 
 
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns) {
+  check_gae(rewards, values, mask, last_values, cu_seqlens, holes, advantages, returns);
   const bool zero_holes = holes == "zero";
   if (rewards.dtype == Dtype::float64)
     run<double>(rewards, values, mask, last_values, cu_seqlens, gamma, lam, zero_holes, advantages, returns,

@@ -3,12 +3,8 @@
 //
 // Usual path: a block per sequence walks over its chunks. Few and long sequences: a block per chunk, in three launches;
 // what the chunks hand on is kept in the outputs until these are written. Both give the same bits.
-#include <algorithm>
-#include <stdexcept>
-#include <string>
-
+#include "gae.h"
 #include "gae_scan.cuh"
-#include "ops.h"
 
 namespace rlhf_fast::cuda {
 namespace {
@@ -149,21 +145,6 @@ void enqueue(const Arguments<T>& args, cudaStream_t stream) {
   launch(gae_kernel<T, UNIT>, "gae_kernel", args.sequences + packed, threads, stream, args);
 }
 
-template <class T>
-struct TypeCode;
-template <>
-struct TypeCode<float> {
-  static constexpr Dtype value = Dtype::float32;
-};
-template <>
-struct TypeCode<double> {
-  static constexpr Dtype value = Dtype::float64;
-};
-
-void require(bool holds, const char* rule) {
-  if (!holds) throw std::invalid_argument(std::string("gae: ") + rule);
-}
-
 template <class D>
 Rows<D> rows(const View& view) {
   const bool packed = view.dims == 1;
@@ -173,10 +154,6 @@ Rows<D> rows(const View& view) {
 template <class T>
 void run(const View& rewards, const View& values, const View& mask, const View& last_values, const View& cu_seqlens,
          double gamma, double lam, bool zero, const View& advantages, const View& returns, cudaStream_t stream) {
-  for (const View* view : {&rewards, &values, &advantages, &returns}) {
-    require(view->dtype == TypeCode<T>::value, "rewards, values and outputs must have one dtype, float32 or float64");
-  }
-  require(!last_values || last_values.dtype == TypeCode<T>::value, "last_values must have the dtype of rewards");
   const Arguments<T> args = {rows<const T>(rewards),
                              rows<const T>(values),
                              rows<const uint8_t>(mask),
@@ -201,18 +178,7 @@ void run(const View& rewards, const View& values, const View& mask, const View& 
 
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns, int device, uintptr_t stream) {
-  require(rewards.dims == (cu_seqlens ? 1 : 2), "rewards must be [B, T], or [N] with cu_seqlens");
-  for (const View* view : {&values, &mask, &advantages, &returns}) {
-    require(view->dims == rewards.dims && std::equal(view->shape, view->shape + view->dims, rewards.shape),
-            "values, mask and outputs must have the shape of rewards");
-  }
-  const int64_t sequences = cu_seqlens ? cu_seqlens.shape[0] - 1 : rewards.shape[0];
-  require(mask.dtype == Dtype::boolean, "mask must be bool");
-  require(!last_values || (last_values.dims == 1 && last_values.shape[0] == sequences), "last_values must be [B]");
-  require(!cu_seqlens || (cu_seqlens.dims == 1 && sequences >= 0), "cu_seqlens must be [B+1]");
-  require(!cu_seqlens || cu_seqlens.dtype == Dtype::int32 || cu_seqlens.dtype == Dtype::int64,
-          "cu_seqlens must be int32 or int64");
-  require(holes == "skip" || holes == "zero", "holes must be skip or zero");
+  check_gae(rewards, values, mask, last_values, cu_seqlens, holes, advantages, returns);
   if (!advantages) return;  // no token at all
   const DeviceGuard guard(device);
   const auto run_typed = rewards.dtype == Dtype::float64 ? run<double> : run<float>;

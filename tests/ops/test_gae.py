@@ -322,6 +322,28 @@ def test_bad_input_names_op_argument_and_rule(change, error, message):
         gae(given.pop("rewards"), given.pop("values"), given.pop("mask"), **given)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(2, 3, dtype=torch.float64)}, "values and outputs must have the dtype of rewards"),
+        ({"rewards": torch.zeros(2, 3).bfloat16()}, "rewards must be float32 or float64"),
+        ({"mask": torch.ones(2, 3)}, "mask must be bool"),
+        ({"mask": torch.ones(2, 4).bool()}, "values, mask and outputs must have the shape of rewards"),
+        ({"last_values": torch.zeros(3)}, r"last_values must be \[B\]"),
+        ({"last_values": torch.zeros(2, dtype=torch.float64)}, "last_values must have the dtype of rewards"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, r"rewards must be \[B, T\], or \[N\] with cu_seqlens"),
+        ({"holes": "carry"}, "holes must be skip or zero"),
+    ],
+)
+def test_a_compiled_kernel_called_directly_checks_its_addresses(run, request, device, change, message):
+    if not any(name in request.node.callspec.id for name in ("cpp", "simt", "cuda-cuda")):
+        pytest.skip("PyTorch and Triton check what they are given: runs for cpp, simt and cuda")
+    given = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "mask": torch.ones(2, 3).bool()} | change
+    given = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    with pytest.raises(ValueError, match=message):
+        run(given.pop("rewards"), given.pop("values"), given.pop("mask"), **given)
+
+
 @pytest.mark.parametrize("offsets", [[0, 5], [1, 6], [0, 4, 3, 6], [0, 7], [0, -1, 6]])
 @pytest.mark.parametrize("name", ["reference", "cpp"])
 def test_offsets_that_do_not_rise_from_0_to_n(name, offsets):
