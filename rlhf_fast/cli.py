@@ -81,7 +81,7 @@ class GenerateConfig:
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", low=0.0, high=1.0)
     batch_size: int = option(32, "prompts at a time", low=1)
-    seed: int | None = option(None, "of the responses; a new one each time if absent", low=0)
+    seed: int | None = option(None, "of the responses; a new one each time if absent", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
         validate(self)

@@ -40,8 +40,10 @@ def settings(name: str, what: str, accepted: Sources, config: type, argv: list[s
     sources = {}
     for source, (_, default) in accepted.items():
         value = sources[source] = values.pop(source, default)
-        if value in (..., "") or (value is None and default is ...):
+        if value is ... or (value is None and default is ...):
             raise ValueError(f"{name} needs --{source}")
+        if value == "":
+            raise ValueError(f"--{source} is empty")
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{path}: {source} must be a string, got {value!r}")
     try:

@@ -117,7 +117,8 @@ def ask(
             raise
         frames = traceback.extract_tb(error.__traceback__)
         place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
-        raise ValueError(f"the reward raised {type(error).__name__}{place}: {error}") from error
+        said = f": {error}" if str(error) else ""
+        raise ValueError(f"the reward raised {type(error).__name__}{place}{said}") from error
 
 
 class ModelReward:

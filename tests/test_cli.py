@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def test_three_stages_from_your_own_files(here, capsys):
     assert not list((here / "runs").rglob("*.bin"))
 
 
+def test_a_quiet_run_prints_nothing(here, capsys):
+    from rlhf_fast import SFTConfig, SFTTrainer
+
+    assert main(f"{SFT} --quiet true".split()) == 0
+    SFTTrainer("model", data="demos.jsonl", output_dir="runs/b", config=SFTConfig(quiet=True)).train()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_progress_is_shown(here, capsys):
     assert main(f"{PPO} --sample_every 2".split()) == 0
     shown = capsys.readouterr().err
@@ -128,12 +137,14 @@ def test_a_file_of_settings_and_flags_that_win(here):
         ("data: d\nbatch_size: 2.5", "x.yaml: SFTConfig.batch_size must be a whole number, got 2.5"),
         ("data: d\nbatch_size: [4]", "x.yaml: SFTConfig.batch_size must be a whole number, got [4]"),
         ("data: 3", "x.yaml: data must be a string, got 3"),
+        ("data: null", "sft needs --data"),
+        ("data: d # \xe9", "x.yaml: not valid UTF-8 at byte 11"),
         ("- a", "x.yaml: must hold lines of key: value"),
         ("a: b\nc: [", "x.yaml:"),
     ],
 )
 def test_a_bad_file_of_settings(here, capsys, text, words):
-    (here / "x.yaml").write_text(text)
+    (here / "x.yaml").write_text(text, encoding="latin-1")
     fails(capsys, "sft --model model --config x.yaml", words)
     assert not (here / "runs").exists()
 
@@ -144,11 +155,18 @@ def test_a_bad_file_of_settings(here, capsys, text, words):
         (f"{SFT} --lerning_rate 1", "unknown flag --lerning_rate (did you mean --learning_rate?)"),
         (f"{SFT} --learning_rate fast", "--learning_rate: must be a number, got 'fast'"),
         (f"{SFT} --learning_rate -1", "SFTConfig.learning_rate must be at least 0, got -1.0"),
+        (f"{SFT} --learning_rate -1e-3", "SFTConfig.learning_rate must be at least 0, got -0.001"),
+        (f"{SFT} --max_length 500", "max_length 500 exceeds the model's context of 128"),
+        (f"{PPO} --max_new_tokens 128", "PPOConfig.max_new_tokens 128 fills the context: no room for a prompt"),
+        (["sft", "--model", "", "--data", "demos.jsonl"], "--model is empty"),
+        (SFT.replace("--model model", "--model demos.jsonl"), "demos.jsonl holds no tokenizer: it is a file"),
+        (SFT.replace("--model model", "--model nowhere/"), "nowhere/ holds no tokenizer: there is no such folder"),
         (f"{SFT} --learning_rate nan", "SFTConfig.learning_rate must be a finite number, got nan"),
         (f"{SFT} --schedule fast", "SFTConfig.schedule must be one of constant, linear, cosine, got 'fast'"),
         (f"{SFT} --quiet maybe", "--quiet: must be true or false, got 'maybe'"),
         (f"{SFT} --config none.yaml", "none.yaml: No such file or directory"),
         (f"{PPO} --kl k9", "PPOConfig.kl must be one of k1, k2, k3, abs, got 'k9'"),
+        (f"{PPO} --seed {2**63}", "PPOConfig.seed must be at most 9.22337e+18, got 9223372036854775808"),
         (f"{PPO} --top_p 0", "PPOConfig.top_p must be above 0, got 0.0"),
         ("sft --data demos.jsonl", "sft needs --model"),
         ("sft --model model --data", "--data: expected one argument"),
@@ -157,7 +175,10 @@ def test_a_bad_file_of_settings(here, capsys, text, words):
         (SFT.replace("--model model", "--model ./nowhere"), "nowhere"),
         (PPO.replace("judge.py:score", "judge.py:scores"), "judge.py:scores: judge.py has no function scores"),
         (PPO.replace("judge.py:score", "jury.py:score"), "jury.py:score: there is no file jury.py"),
+        (PPO.replace("judge.py:score", "judge.py"), "judge.py: name its function as well, judge.py:function"),
         (PPO.replace("judge.py:score", "no.such.module:score"), "No module named 'no'"),
+        ("generate --model model --prompts prompts.jsonl --output none/out.jsonl", "there is no folder none"),
+        ("generate --model model --prompts prompts.jsonl --max_new_tokens 127", "prompts.jsonl:1 has 4 tokens"),
         ("generate --model model --prompts demos.jsonl --output demos.jsonl", "demos.jsonl exists already"),
         ("sft model", "unknown argument 'model'"),
         ("generate --model model", "generate needs --prompt or --prompts"),
@@ -189,6 +210,46 @@ def test_a_bad_reward_is_one_line(here, capsys):
     for name in ("few", "nan"):
         command = PPO.replace(":score", f":{name}").replace("runs/ppo", f"runs/{name}")
         fails(capsys, f"{command} --quiet true", "reward")
+
+
+def test_a_reward_that_raises_is_one_line_and_the_state_is_kept(here, capsys):
+    (here / "judge.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport lexicon\n\n"
+        "@dataclass\nclass Asked:\n    times: int = 0\nasked = Asked()\n\n"
+        "def score(prompts, responses, **columns):\n"
+        "    asked.times += 1\n"
+        "    return lexicon.lengths(responses) if asked.times < 3 else columns['likes']\n"
+    )
+    (here / "lexicon.py").write_text("def lengths(texts):\n    return [len(text) for text in texts]\n")  # beside it
+    error = fails(
+        capsys, f"{PPO} --steps 9 --quiet true", "step 3: the reward raised KeyError at ", "judge.py:12: 'likes'"
+    )
+    assert "last good checkpoint: runs/ppo/checkpoints/step-2" in error
+    assert (here / "runs/ppo/checkpoints/step-2/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def score(:", "SyntaxError: invalid syntax"),
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_reward_file_that_cannot_be_imported(here, capsys, text, words):
+    (here / "judge.py").write_text(text)
+    fails(capsys, PPO, f"judge.py:score: importing judge.py raised {words}")
+    assert not (here / "runs").exists()
+
+
+def test_what_nobody_foresaw_is_one_line_too(here, capsys, monkeypatch):
+    from rlhf_fast.trainers.sft import SFTTrainer
+
+    def broken(self, batch):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(SFTTrainer, "loss", broken)
+    fails(capsys, f"{SFT} --quiet true", "ZeroDivisionError: division by zero (--debug shows where)")
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(here, capsys):
@@ -256,13 +317,22 @@ def test_help_lists_every_field_and_imports_no_transformers():
         "assert not {'transformers', 'accelerate', 'rich', 'matplotlib'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for word in ("--kl_coef FLOAT", "price of a nat of KL", "[0.05]", "--schedule constant|linear|cosine", "--model X"):
+    for word in (
+        "--kl_coef FLOAT",
+        "price of a nat of KL",
+        "[0.05]",
+        "--schedule constant|linear|cosine",
+        "--model X",
+        "[none]",
+        "[false]",
+    ):
         assert word in shown
 
 
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
+    assert re.search(r"^CUDA driver: (absent|CUDA \d+\.\d+)$", shown, re.MULTILINE)
     assert f"torch {torch.__version__}" in shown
     from rlhf_fast import dispatch
 

@@ -229,6 +229,28 @@ def test_compiled_models_are_seen_through():
     assert torch.equal(hidden_states(wrapped, ids, mask), hidden_states(model, ids, mask))
 
 
+def test_loading_and_saving_draw_no_bars_and_give_them_back(tmp_path, capfd):
+    from transformers.utils import logging
+
+    save(tiny_gpt2(TOKENIZER), TOKENIZER, tmp_path / "sft")
+    load_policy(tmp_path / "sft")
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    import safetensors
+
+    model = tiny_gpt2(TOKENIZER)
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"full: the weights cannot be written: I/O error: No space left on device"):
+        save(model, TOKENIZER, tmp_path / "full")
+
+
 @pytest.fixture(scope="module")
 def shelf():
     """A folder with every kind of broken model."""
@@ -248,6 +270,8 @@ def _stock(folder):
     weights = load_file(runs / "part" / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, runs / "part" / "model.safetensors", metadata={"format": "pt"})
+    save(tiny_gpt2(TOKENIZER), TOKENIZER, runs / "wide")
+    tiny_gpt2(TOKENIZER, n_embd=64).config.save_pretrained(runs / "wide")
     for name in ("empty", "pickle", "cut", "typeless", "bare", "adapter", "labels", "encoder"):
         (runs / name).mkdir()
     for name in ("pickle", "cut", "bare"):
@@ -279,12 +303,14 @@ def _stock(folder):
         (load_policy, "typeless", "runs/typeless cannot be loaded: Unrecognized model in runs/typeless."),
         (load_policy, "adapter", "runs/adapter holds an adapter, not a whole model"),
         (load_policy, "part", "runs/part lacks 1 weights of a LlamaForCausalLM, the first is lm_head.weight"),
+        (load_policy, "wide", "runs/wide: transformer.h.0.attn.c_attn.bias is [96], and [192] by config.json"),
         (load_policy, "reward", "runs/reward holds a model with a scalar head (GPT2ForSequenceClassification), not a"),
         (load_policy, "encoder", "runs/encoder holds a t5 model, which is not a causal language model"),
         (load_scalar_model, "none", "runs/none holds no model: there is no such folder"),
         (load_scalar_model, "pickle", "runs/pickle holds its weights only as pickle"),
         (load_scalar_model, "labels", "runs/labels has a head of 2 labels: a critic or reward model has 1"),
         (load_tokenizer, "none", "runs/none holds no tokenizer: there is no such folder"),
+        (load_tokenizer, "file", "runs/file holds no tokenizer: it is a file, not a folder"),
         (load_tokenizer, "bare", "runs/bare holds no tokenizer: tokenizer.json is missing"),
     ],
 )

@@ -60,7 +60,7 @@ class PPOConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
-    seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0)
+    seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
     save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
     keep: int = option(2, "checkpoints that stay on the disk", low=1)

@@ -31,7 +31,7 @@ class SFTConfig:
     max_length: int | None = option(None, "longest sequence in tokens; the model's context if absent", low=2)
     overlong: str = option("error", "a longer sequence stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
-    seed: int = option(0, "of the order of the data", low=0)
+    seed: int = option(0, "of the order of the data", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
     keep: int = option(2, "checkpoints that stay on the disk", low=1)

@@ -556,3 +556,20 @@ def test_a_minibatch_larger_than_the_batch_is_refused():
 def test_a_prompt_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="120"):
         build(prompts=["the movie " * 100])
+
+
+@pytest.mark.parametrize(("role", "fit"), [("critic", 6), ("reference", 6), ("reward", 5)])
+def test_every_model_has_room_for_prompt_and_response(role, fit):
+    from rlhf_fast.models import load_scalar_model
+
+    tokenizer = tiny_tokenizer()
+    short = tiny_gpt2(tokenizer, n_positions=12)  # 6 of them for the response; a reward model reads an end token too
+    given = {"reward": length_score, role: load_scalar_model(short) if role == "reward" else short}
+    config = PPOConfig(steps=1, batch_size=1, minibatch_size=1, max_new_tokens=6, top_p=0.01, quiet=True)
+    for length in (fit, fit + 1):
+        prompts = [{"prompt": " the" * length}]
+        if length == fit:
+            PPOTrainer(tiny_gpt2(tokenizer), prompts=prompts, tokenizer=tokenizer, config=config, **given).train()
+            continue
+        with pytest.raises(ValueError, match=f"record 1: the prompt is {length} tokens long, and {fit} fit"):
+            PPOTrainer(tiny_gpt2(tokenizer), prompts=prompts, tokenizer=tokenizer, config=config, **given)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import run as run_module
 from rlhf_fast.trainers.options import option, validate
-from rlhf_fast.trainers.run import Run, drive, epochs, stream
+from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, stream
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,45 @@ def test_a_crash_while_saving_leaves_the_older_checkpoints(tmp_path):
     run = Run("test", None, Config(), keep=1, quiet=True)
     run.folder = tmp_path / "run"
     assert [path.name for path in run.checkpoints()] == ["step-2"]
+
+
+def test_a_failure_of_any_kind_keeps_the_good_weights(tmp_path):
+    def fail(error):
+        def raising(trainer):
+            raise error
+
+        return raising
+
+    for name, error in (("key", KeyError("x")), ("memory", RuntimeError("out of memory"))):
+        with pytest.raises(type(error)) as caught:
+            start(tmp_path / name, Counter(9, {6: fail(error)}))
+        assert caught.value is error
+        assert steps_kept(tmp_path / name) == ["step-4", "step-5"]
+    with pytest.raises(TypeError, match=r"^step 6: no number; last good checkpoint: .*step-5$"):
+        start(tmp_path / "type", Counter(9, {6: fail(TypeError("no number"))}))
+
+
+def test_the_model_appears_once_it_is_whole(tmp_path):
+    class Full(Counter):
+        def save_model(self, folder):
+            (folder / "config.json").write_text("{}")
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        start(tmp_path / "run", Full(3))
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, monkeypatch):
+    first, second = (Run("test", tmp_path / "run", Config(), keep=1, quiet=True) for _ in range(2))
+    first.open(1)
+    before = (tmp_path / "run/run.json").read_text()
+    looks = iter([lambda folder: None])  # the second one looked before the first one wrote
+    monkeypatch.setattr(run_module, "check_folder", lambda folder: next(looks, check_folder)(folder))
+    with pytest.raises(ValueError, match="already holds a run"):
+        second.open(1)
+    assert (tmp_path / "run/run.json").read_text() == before
+    first.close()
 
 
 def test_epochs_visit_every_example_once_in_an_order_of_their_own():

@@ -1,0 +1,53 @@
+"""What every trainer refuses before it starts: another trainer's config, another model's tokenizer, no room."""
+
+import pytest
+from tiny import tiny_gpt2, tiny_tokenizer
+
+import rlhf_fast as rf
+
+TOKENIZER = tiny_tokenizer()
+DEMOS = {"data": [{"prompt": "the movie", "response": " was good"}]}
+PAIRS = {"data": [{"prompt": "the movie", "chosen": " was good", "rejected": " was bad"}]}
+PROMPTS = {"prompts": [{"prompt": "the movie"}], "reward": lambda prompts, responses: [0.0] * len(prompts)}
+TRAINERS = [(rf.SFTTrainer, DEMOS), (rf.RewardTrainer, PAIRS), (rf.PPOTrainer, PROMPTS)]
+
+
+@pytest.mark.parametrize(("trainer", "given"), TRAINERS)
+def test_the_config_of_another_trainer(trainer, given):
+    name = trainer.__name__.replace("Trainer", "Config")
+    for config in ({"batch_size": 3}, rf.RewardConfig() if trainer is rf.SFTTrainer else rf.SFTConfig()):
+        with pytest.raises(TypeError, match=f"config must be a {name}, got {type(config).__name__}"):
+            trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, config=config, **given)
+
+
+@pytest.mark.parametrize(("trainer", "given"), TRAINERS)
+def test_a_tokenizer_whose_tokens_the_model_does_not_have(trainer, given):
+    small = tiny_gpt2(TOKENIZER)
+    small.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match=r"the tokenizer's token \d+ is none of the model's 100"):
+        trainer(small, tokenizer=TOKENIZER, **given)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "given"), [(rf.SFTTrainer, rf.SFTConfig, DEMOS), (rf.RewardTrainer, rf.RewardConfig, PAIRS)]
+)
+def test_a_length_beyond_the_context(trainer, config, given):
+    model = tiny_gpt2(TOKENIZER, n_positions=16)
+    with pytest.raises(ValueError, match="max_length 17 exceeds the model's context of 16"):
+        trainer(model, tokenizer=TOKENIZER, config=config(max_length=17), **given)
+    assert trainer(model, tokenizer=TOKENIZER, config=config(max_length=16), **given).max_length == 16
+    assert trainer(model, tokenizer=TOKENIZER, config=config(), **given).max_length == 16
+
+
+@pytest.mark.parametrize(("trainer", "given"), TRAINERS)
+@pytest.mark.parametrize("absent", ["transformers", "accelerate", "rich"])
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, trainer, given, absent):
+    from rlhf_fast import dispatch
+
+    there = dispatch.find_spec
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == absent else there(name))
+    with pytest.raises(ModuleNotFoundError, match=rf"{absent} is not installed: pip install 'rlhf-fast\[train\]'"):
+        trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, **given)
+    if absent != "rich":
+        with pytest.raises(ModuleNotFoundError, match=rf"{absent} is not installed: pip install 'rlhf-fast\[train\]'"):
+            rf.generate("nowhere", ["the"])
