@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import traceback
@@ -105,9 +106,13 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}{suggestion(name, COMMANDS)}; rlhf-fast --help lists them")
         run_command(name, argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # rlhf-fast doctor | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     except (ValueError, TypeError, IndexError, OSError, ImportError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()

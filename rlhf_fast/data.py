@@ -4,6 +4,7 @@ A mask is True on the tokens that count: those of the response, its end token in
 ``prefs.jsonl:17: "rejected" is missing``. Nothing is cut or left out unless ``overlong`` asks for it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import columns
-from rlhf_fast.records import DataError, Record, kind, read_records
+from rlhf_fast.records import DataError, Record, read_records
 
 __all__ = [
     "DataError", "Example", "Pair", "Prompt", "Record", "encode", "pad", "pair_examples", "prompt_examples",
@@ -98,16 +99,13 @@ def pair_examples(
         said = [columns.answer_text(record, name, prompt, tokenizer) for name in ("chosen", "rejected")]
         if said[0] == said[1]:
             raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
-        margin = record.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
-            raise DataError(f'{record.place}: "margin" must be a number, got {kind(margin)}')
         before = encode(tokenizer, prompt)
         chosen, rejected = (before + encode(tokenizer, answer, start=False, end=True) for answer in said)
         if _fits(record, max(len(chosen), len(rejected)), len(before), max_length, overlong):
             chosen, rejected = chosen[:max_length], rejected[:max_length]
             if chosen == rejected:
                 raise DataError(f"{record.place}: the two answers are the same up to max_length={max_length}")
-            found.append(Pair(chosen, rejected, len(before), margin, record.place))
+            found.append(Pair(chosen, rejected, len(before), _margin(record), record.place))
     return _some(found, records, max_length)
 
 
@@ -202,6 +200,20 @@ def _fits(record: Record, length: int, first: int, max_length: int | None, overl
         f"{record.place}: {length} tokens where max_length allows {max_length}, {what}: shorten it, raise max_length "
         "(at most the model's context) or leave it out"
     )
+
+
+def _margin(record: Record) -> float | None:
+    """The number in the column ``margin``, None where there is none; a CSV file has it as text."""
+    value = record.get("margin")
+    if value is None or value == "":
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f'{record.place}: "margin" must be a finite number, got {value!r}')
+    return number
 
 
 def _some(found: list[Any], records: list[Record], max_length: int | None) -> list[Any]:

@@ -74,9 +74,7 @@ def shape_rewards(
     if scores.dim() == 2:
         return rewards + torch.where(mask, scores, 0)
     position = torch.arange(mask.shape[1], device=mask.device)
-    landing = (
-        torch.where(mask, position, -1).amax(-1, keepdim=True) if mask.numel() else position.new_zeros(len(mask), 1)
-    )
+    landing = torch.where(mask, position, -1).amax(-1, keepdim=True)
     if at == "next":
         landing = torch.where(landing < 0, landing, (landing + 1).clamp(max=mask.shape[1] - 1))
     return rewards + torch.where(position == landing, scores[:, None], 0)

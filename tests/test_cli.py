@@ -347,6 +347,15 @@ def test_doctor(capsys):
     )
 
 
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-m", "rlhf_fast.cli", "doctor"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 def test_nothing_and_version(capsys):
     assert main([]) == 0
     assert "rlhf-fast COMMAND --help" in capsys.readouterr().out

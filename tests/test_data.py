@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import math
 
 import pytest
 import torch
@@ -144,7 +145,9 @@ def test_a_long_csv_field(tmp_path):
         (pair_examples, PAIR | {"rejected": " \n"}, '"rejected" is empty'),
         (pair_examples, PAIR | {"rejected": " good"}, '"chosen" and "rejected" are the same'),
         (pair_examples, PAIR | {"rejected": "\ud800"}, '"rejected" holds half of a surrogate pair'),
-        (pair_examples, PAIR | {"margin": "big"}, '"margin" must be a number, got a string'),
+        (pair_examples, PAIR | {"margin": "big"}, "\"margin\" must be a finite number, got 'big'"),
+        (pair_examples, PAIR | {"margin": math.nan}, '"margin" must be a finite number, got nan'),
+        (pair_examples, PAIR | {"margin": True}, '"margin" must be a finite number, got True'),
         (
             pair_examples,
             {"chosen": "good", "rejected": "bad"},
@@ -267,9 +270,11 @@ def test_conversational_pairs():
     assert spell(pairs[0].rejected[pairs[0].prompt_length :]) == "awful<eos>"
 
 
-def test_margin_and_prompt_columns():
+def test_margin_and_prompt_columns(tmp_path):
     (pair,) = pair_examples(read_records([PAIR | {"margin": 2}]), TOKENIZER)
     assert pair.margin == 2
+    file = write(tmp_path, "p.csv", "prompt,chosen,rejected,margin\na, b, c,0.5\na, b, c,\n")
+    assert [pair.margin for pair in pair_examples(read_records(file), TOKENIZER)] == [0.5, None]
     first, second = prompt_examples(read_records([{"prompt": "the", "gold": 1}, {"prompt": TALK[:1], "k": [2]}]), CHAT)
     assert first.prompt == "the"
     assert first.columns == {"gold": 1, "k": None}
