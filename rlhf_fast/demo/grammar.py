@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from .rules import DOMAINS, SHARED
+from rlhf_fast.demo.rules import DOMAINS, SHARED
 
 Symbols = tuple[str, ...]  # words, punctuation and the names of rules in braces: ("the", "{part}", "{very}", ".")
 Word = re.compile(r"\{[\w.]+\}|[A-Za-z']+|[.,]")

@@ -78,7 +78,10 @@ def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]
         "environment": environment(),
     }  # fmt: skip
     samples = [
-        Sample(prompt.text, {name: (judged[name].texts[i], float(judged[name].scores[i])) for name in ("sft", "ppo")})
+        Sample(
+            prompt.text,
+            {name.upper(): (judged[name].texts[i], float(judged[name].scores[i])) for name in ("sft", "ppo")},
+        )
         for i, prompt in enumerate(asked[:SHOWN])
     ]
     return results, samples
