@@ -9,7 +9,7 @@ namespace rlhf_fast {
 // The codes of rlhf_fast/dispatch.py.
 enum class Dtype : int { float32, float64, bfloat16, float16, int32, int64, boolean, int8 };
 
-constexpr int max_dims = 4;
+constexpr int max_dims = 8;
 
 // A tensor as Python hands it over: (address, dtype code, shape, strides in elements); no owner, no copy.
 // An absent tensor has no address.
