@@ -146,7 +146,7 @@ def test_gold_score_by_hand():
     assert judge.gold_score(" The room was really superb, the lounge quite poor.") == 3 - 2
     assert judge.gold_score(" SUPERB, superb. superbly") == 6  # any case, whole words only
     assert judge.gold_score(" I would gladly stay there again.") == 2
-    assert judge.gold_scores([" good.", " bad."]).tolist() == [1.0, -2.0]
+    assert judge.gold_scores([" good.", " bad."]).tolist() == [1.0, -1.0]
 
 
 @pytest.mark.parametrize("gap", [-3.0, 0.0, 1.0, 5.0])

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 WORDS = {
-    3: "superb wonderful excellent brilliant delightful adored",
-    2: "loved enjoyed lovely clever impressive charming memorable convincing gladly worth happy recommend attentive "
+    3: "superb wonderful excellent brilliant delightful loved adored",
+    2: "enjoyed lovely clever impressive charming memorable convincing gladly worth happy recommend attentive "
     "friendly funny kind",
     1: "good liked pleasant polite likeable",
-    -1: "endured weak forgettable impatient unconvincing careless",
-    -2: "disliked bad poor dull clumsy disappointing regret avoid waste cheated annoying irritating unfriendly grumpy "
+    -1: "endured bad disappointing weak forgettable impatient unconvincing careless",
+    -2: "disliked poor dull clumsy miserable regret avoid waste cheated annoying irritating unfriendly grumpy "
     "rude tiresome",
-    -3: "hated detested terrible dreadful awful miserable tedious",
+    -3: "hated detested terrible dreadful awful tedious",
 }
 #: Weight of each word that carries an opinion; every other word weighs 0.
 LEXICON = {word: float(weight) for weight, words in WORDS.items() for word in words.split()}
