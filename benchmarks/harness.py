@@ -1,5 +1,6 @@
 """Timing that holds on a shared machine: candidates take turns, medians are compared, ratios come from one run."""
 
+import gc
 import json
 import platform
 import statistics
@@ -22,8 +23,8 @@ def synchronize(device: str) -> None:
 def interleave(candidates: dict[str, Callable], *, device: str = "cpu", seconds: float = 2.0) -> dict[str, float]:
     """Median seconds of each candidate. Each round runs all of them, starting with another one every time.
 
-    A fast candidate is repeated within a round, so that a call is never shorter than the clock can see. ``seconds`` is
-    the time to spend on each candidate after two calls to warm up.
+    A fast candidate is repeated for about 3 ms within a round, so that what the one before it left in the caches and in
+    the allocator is not all that is measured. ``seconds`` is the time for each candidate, after two calls to warm up.
     """
     repeats, rounds = {}, 3
     for name, call in candidates.items():
@@ -33,8 +34,10 @@ def interleave(candidates: dict[str, Callable], *, device: str = "cpu", seconds:
         call()
         synchronize(device)
         once = time.perf_counter() - start
-        repeats[name] = max(1, int(1e-3 / max(once, 1e-7)))
+        repeats[name] = max(1, int(3e-3 / max(once, 1e-7)))
         rounds = max(rounds, min(200, int(seconds / (once * repeats[name]))))
+    gc.collect()
+    gc.disable()  # a collection of all that torch.compile left behind would be charged to whoever is running
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     began = time.perf_counter()
@@ -48,6 +51,7 @@ def interleave(candidates: dict[str, Callable], *, device: str = "cpu", seconds:
                 candidates[name]()
             synchronize(device)
             times[name].append((time.perf_counter() - start) / repeats[name])
+    gc.enable()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
