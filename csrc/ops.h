@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace rlhf_fast {
@@ -30,6 +31,10 @@ struct View {
 namespace cpu {
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns);
+void logprobs(View logits, View ids, View mask, double temperature, std::optional<double> softcap, View logprobs,
+              View entropy, View lse);
+void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,
+                       View lse, View mask, double temperature, std::optional<double> softcap, View grad);
 }  // namespace cpu
 
 namespace cuda {

@@ -1,0 +1,115 @@
+// Sixteen floats at a time: loads and stores of every dtype, exp and tanh. SPDX-License-Identifier: Apache-2.0
+//
+// The compiler splits a vector where the machine's are shorter, so that one source gives one order of all sums. The
+// polynomials are minimax fits, made for these intervals.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define INLINE inline __attribute__((always_inline))
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+
+namespace rlhf_fast::cpu {
+
+constexpr int lanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+INLINE Floats fill(float x) { return x - Floats{}; }
+INLINE Floats bits_as_floats(Words x) { return reinterpret_cast<Floats>(x); }
+INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where one of them is NaN
+
+INLINE Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+INLINE Words load_halves(const void* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, Words);
+}
+INLINE Floats load(const bfloat16* from) { return bits_as_floats(load_halves(from) << 16); }
+INLINE Floats load(const float16* from) {
+  const Words h = load_halves(from), sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  const Words scaled = bits_of(bits_as_floats(rest) * 0x1p112f);  // the exponents' biases differ by 112
+  const Words special = rest | 0x7f800000u;                       // infinity, NaN
+  return bits_as_floats((rest >= 0x0f800000u ? special : scaled) | sign);
+}
+
+INLINE void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+INLINE void store_halves(void* to, Words x) {
+  const Halves h = __builtin_convertvector(x, Halves);
+  std::memcpy(to, &h, sizeof h);
+}
+// Both round to nearest, ties to even.
+INLINE void store(bfloat16* to, Floats x) {
+  const Words u = bits_of(x), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  store_halves(to, x == x ? rounded : Words{} + 0x7fc0u);
+}
+INLINE void store(float16* to, Floats x) {
+  const Words u = bits_of(x), sign = u & 0x80000000u, rest = u ^ sign;
+  const Words normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  // Adding 0.5 leaves the 10 bits of a subnormal, rounded, at the end.
+  const Words subnormal = bits_of(bits_as_floats(rest) + 0.5f) - 0x3f000000u;
+  Words h = rest < (113u << 23) ? subnormal : normal;
+  h = rest >= (143u << 23) ? Words{} + 0x7c00u : h;
+  h = rest > 0x7f800000u ? Words{} + 0x7e00u : h;
+  store_halves(to, h | (sign >> 16));
+}
+
+// exp of x <= 88 within about an ulp; 0 below -87.7, where the result would be subnormal.
+INLINE Floats exp(Floats x) {
+  constexpr float to_integer = 0x1.8p23f + 127;  // adding it rounds, and leaves the exponent's bits at the end
+  x = larger(fill(-88.03f), x);
+  const Floats t = x * 0x1.715476p0f + to_integer, n = t - to_integer;
+  Floats r = x - n * 0x1.62ep-1f;  // log 2 in two parts
+  r = r - n * 0x1.0bfbe8p-15f;
+  Floats p = r * 1.381432056e-03f + 8.368851066e-03f;
+  p = p * r + 4.166840108e-02f;
+  p = p * r + 1.666651952e-01f;
+  p = p * r + 4.999999337e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * bits_as_floats(bits_of(t) << 23);
+}
+
+INLINE Floats tanh(Floats x) {
+  const Words sign = bits_of(x) & 0x80000000u;
+  const Floats a = bits_as_floats(bits_of(x) ^ sign), s = x * x;
+  Floats p = s * -5.704987122e-03f + 2.063908735e-02f;
+  p = p * s - 5.373971511e-02f;
+  p = p * s + 1.333144220e-01f;
+  p = p * s - 3.333328194e-01f;
+  const Floats small = a + a * (p * s);
+  const Floats bounded = 15.0f < a ? fill(15.0f) : a;  // NaN stays
+  const Floats large = 1.0f - 2.0f / (exp(bounded + bounded) + 1.0f);
+  return bits_as_floats(bits_of(0.625f < a ? large : small) | sign);
+}
+
+// Sum of the lanes, in a fixed tree.
+INLINE double sum(Floats x) {
+  double y[lanes];
+  for (int i = 0; i < lanes; i++) y[i] = x[i];
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) y[i] += y[i + half];
+  return y[0];
+}
+INLINE float maximum(Floats x) {
+  float top = x[0];
+  for (int i = 1; i < lanes; i++) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+}  // namespace rlhf_fast::cpu
