@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include "choices.h"
+#include "pages.h"
 #include "tiles.h"
 
 namespace rlhf_fast::cpu {
@@ -19,22 +20,24 @@ struct RowResult {
   double logprob, entropy, lse;
 };
 
+struct Forward {
+  template <int L, class T>
+  static INLINE RowResult run(const Row<T>& given, int64_t id, const Scaling& given_scaling) {
+    const Row<T> row = given;  // locals that no store can alias
+    const Scaling scaling = given_scaling;
+    alignas(64) float buffer[tile];
+    Softmax softmax;
+    for (int64_t at = 0; at < row.size; at += tile)
+      softmax.merge(tile_softmax<L>(row, at, load_tile<L>(row, at, scaling, buffer)));
+    const double lse = softmax.lse();
+    return {load_one<L>(row, id, scaling) - lse, softmax.entropy(), lse};
+  }
+};
+
 template <class T>
-INLINE RowResult forward_row(const Row<T>& given, int64_t id, const Scaling& given_scaling) {
-  const Row<T> row = given;  // locals that no store can alias
-  const Scaling scaling = given_scaling;
-  alignas(64) float buffer[tile];
-  Softmax softmax;
-  for (int64_t at = 0; at < row.size; at += tile)
-    softmax.merge(tile_softmax(row, at, load_tile(row, at, scaling, buffer)));
-  const Floats chosen = load_some(row.data + id * row.stride, row.stride, 1);
-  const float z = (scaling.identity() ? chosen : scaling(chosen))[0];
-  const double lse = softmax.lse();
-  return {z - lse, softmax.entropy(), lse};
+RowResult forward(const Row<T>& row, int64_t id, const Scaling& scaling) {
+  return on_widest<Forward>(row, id, scaling);
 }
-CLONES RowResult forward(const Row<float>& row, int64_t id, const Scaling& s) { return forward_row(row, id, s); }
-CLONES RowResult forward(const Row<bfloat16>& row, int64_t id, const Scaling& s) { return forward_row(row, id, s); }
-CLONES RowResult forward(const Row<float16>& row, int64_t id, const Scaling& s) { return forward_row(row, id, s); }
 
 template <class T>
 struct Upstream {  // of one row
@@ -42,53 +45,56 @@ struct Upstream {  // of one row
   T row_entropy, row_lse;
 };
 
-// Gradient of 16 logits, times what `chosen` says where the chosen one is among them.
-template <bool CAPPED>
-INLINE Floats gradient(Floats x, Floats chosen, const Upstream<float>& up, const Scaling& scaling) {
-  Floats slope = fill(scaling.per_temperature), z = x * scaling.per_temperature;
-  if constexpr (CAPPED) {
-    const Floats t = tanh(x * scaling.per_softcap);
-    z = scaling.softcap * t * scaling.per_temperature;
-    slope *= 1.0f - t * t;
+struct Backward {
+  // Of as many logits at once; `chosen` is what a chosen one adds.
+  template <int L, bool CAPPED, class V>
+  static INLINE V gradient(V x, V chosen, const Upstream<float>& up, const Scaling& scaling) {
+    V slope = Lanes<L>::fill(scaling.per_temperature), z = x * scaling.per_temperature;
+    if constexpr (CAPPED) {
+      const V t = Lanes<L>::tanh(x * scaling.per_softcap);
+      z = scaling.softcap * t * scaling.per_temperature;
+      slope *= 1.0f - t * t;
+    }
+    const V logp = z - up.row_lse;
+    const V from_p = Lanes<L>::exp(logp) * ((up.lse - up.logprob) - up.entropy * (logp + up.row_entropy));
+    return ((logp == -infinity ? V{} : from_p) + chosen) * slope;  // a select: 0 * -inf
   }
-  const Floats logp = z - up.row_lse;
-  const Floats from_p = exp(logp) * ((up.lse - up.logprob) - up.entropy * (logp + up.row_entropy));
-  return ((logp == -infinity ? Floats{} : from_p) + chosen) * slope;  // a select: 0 * -inf
-}
 
-template <bool CAPPED, class T>
-INLINE void backward_row(const Row<T>& given, int64_t id, const Upstream<float>& given_up, const Scaling& given_scaling,
-                         T* grad) {
-  const Row<T> row = given;
-  const Upstream<float> up = given_up;
-  const Scaling scaling = given_scaling;
-  const int64_t whole = row.stride == 1 ? row.size / lanes * lanes : 0;
-  for (int64_t i = 0; i < whole; i += lanes)
-    store(grad + i, gradient<CAPPED>(load(row.data + i), Floats{}, up, scaling));
-  T some[lanes];
-  for (int64_t i = whole; i < row.size; i += lanes) {
-    const int64_t rest = std::min<int64_t>(lanes, row.size - i);
-    store(some, gradient<CAPPED>(load_some(row.data + i * row.stride, row.stride, rest), Floats{}, up, scaling));
-    std::memcpy(grad + i, some, rest * sizeof(T));
+  template <int L, bool CAPPED, class T>
+  static INLINE void row_gradient(const Row<T>& row, int64_t id, const Upstream<float>& up, const Scaling& scaling,
+                                  T* grad) {
+    using N = Lanes<L>;
+    const typename N::Floats zero = {};
+    const int64_t whole = row.stride == 1 ? row.size / L * L : 0;
+    for (int64_t i = 0; i < whole; i += L)
+      N::store(grad + i, gradient<L, CAPPED>(N::load(row.data + i), zero, up, scaling));
+    T some[L];
+    for (int64_t i = whole; i < row.size; i += L) {
+      const int64_t rest = std::min<int64_t>(L, row.size - i);
+      const auto x = load_some<L>(row.data + i * row.stride, row.stride, rest);
+      N::store(some, gradient<L, CAPPED>(x, zero, up, scaling));
+      std::memcpy(static_cast<void*>(grad + i), some, rest * sizeof(T));
+    }
+    // The chosen one again, with its share added before anything is rounded.
+    const auto x = load_some<L>(row.data + id * row.stride, 1, 1);
+    N::store(some, gradient<L, CAPPED>(x, N::fill(up.logprob), up, scaling));
+    grad[id] = some[0];
   }
-  // The chosen one again, with its share added before anything is rounded.
-  const Floats x = load_some(row.data + id * row.stride, row.stride, 1);
-  store(some, gradient<CAPPED>(x, fill(up.logprob), up, scaling));
-  grad[id] = some[0];
-}
+
+  template <int L, class T>
+  static INLINE void run(const Row<T>& given, int64_t id, const Upstream<float>& given_up, const Scaling& given_scaling,
+                         T* grad) {
+    const Row<T> row = given;
+    const Upstream<float> up = given_up;
+    const Scaling scaling = given_scaling;
+    scaling.softcap == 0 ? row_gradient<L, false>(row, id, up, scaling, grad)
+                         : row_gradient<L, true>(row, id, up, scaling, grad);
+  }
+};
+
 template <class T>
-INLINE void backward_any(const Row<T>& row, int64_t id, const Upstream<float>& up, const Scaling& s, T* grad) {
-  s.softcap == 0 ? backward_row<false>(row, id, up, s, grad) : backward_row<true>(row, id, up, s, grad);
-}
-CLONES void backward(const Row<float>& row, int64_t id, const Upstream<float>& up, const Scaling& s, float* grad) {
-  backward_any(row, id, up, s, grad);
-}
-CLONES void backward(const Row<bfloat16>& row, int64_t id, const Upstream<float>& up, const Scaling& s,
-                     bfloat16* grad) {
-  backward_any(row, id, up, s, grad);
-}
-CLONES void backward(const Row<float16>& row, int64_t id, const Upstream<float>& up, const Scaling& s, float16* grad) {
-  backward_any(row, id, up, s, grad);
+void backward(const Row<T>& row, int64_t id, const Upstream<float>& up, const Scaling& scaling, T* grad) {
+  on_widest<Backward>(row, id, up, scaling, grad);
 }
 
 // ---- float64, plainly.
@@ -148,6 +154,7 @@ void run_backward(const View& grad_logprobs, const View& grad_entropy, const Vie
   const int64_t stride = logits.stride[logits.dims - 1];
   check_ids("logprobs", choices, rows, size);
   const S scaling{softcap, temperature};
+  ask_for_huge_pages(grad.data, rows * size * sizeof(T));
 #pragma omp parallel for schedule(guided) if (rows * size >= 16384)
   for (int64_t i = 0; i < rows; i++) {
     T* to = grad.as<T>() + i * size;

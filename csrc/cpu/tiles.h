@@ -9,9 +9,8 @@
 
 namespace rlhf_fast::cpu {
 
-constexpr int tile = 4096;       // logits; 16 KB as float
-constexpr int step = 2 * lanes;  // logits that a loop takes at once
-constexpr int ahead = 2;         // prefetched lines ahead of a float, in units of `tile`
+constexpr int tile = 4096;  // logits; 16 KB as float
+constexpr int step = 32;    // a tile is filled up to whole steps, and a loop takes one of them at once
 
 // z = softcap * tanh(x / softcap) / temperature, without the cap where it is 0.
 struct Scaling {
@@ -21,8 +20,9 @@ struct Scaling {
         per_softcap(softcap > 0 ? static_cast<float>(1 / softcap) : 0),
         per_temperature(static_cast<float>(1 / temperature)) {}
   INLINE bool identity() const { return softcap == 0 && per_temperature == 1; }
-  INLINE Floats operator()(Floats x) const {
-    return (softcap == 0 ? x : softcap * tanh(x * per_softcap)) * per_temperature;
+  template <int L, class V>
+  INLINE V apply(V x) const {
+    return (softcap == 0 ? x : softcap * Lanes<L>::tanh(x * per_softcap)) * per_temperature;
   }
 };
 
@@ -32,61 +32,68 @@ struct Row {
   int64_t stride, size;
 };
 
-// Up to 16 elements, -inf (0xff80, 0xfc00) where there are none.
+// Puts `count` elements, `stride` apart, side by side.
 template <class T>
-INLINE Floats load_some(const T* from, int64_t stride, int64_t count) {
-  T x[lanes];
-  for (int i = 0; i < lanes; i++) {
-    if constexpr (sizeof(T) == 4)
-      x[i] = i < count ? from[i * stride] : -infinity;
-    else
-      x[i] = i < count ? from[i * stride] : T{0};
-  }
-  Floats y = load(x);
-  if constexpr (sizeof(T) == 2)
-    for (int i = 0; i < lanes; i++) y[i] = i < count ? y[i] : -infinity;
-  return y;
+__attribute__((noinline)) void gather(const T* from, int64_t stride, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
+}
+
+// Up to L elements; what is beyond `count` is 0.
+template <int L, class T>
+INLINE auto load_some(const T* from, int64_t stride, int64_t count) {
+  T x[L] = {};
+  gather(from, stride, count, x);
+  return Lanes<L>::load(x);
 }
 
 // Logits [at, at + tile) of the row, scaled; at the end of the row filled up with -inf to whole steps. `buffer` may
 // stay unused.
-template <class T>
+template <int L, class T>
 INLINE const float* load_tile(const Row<T>& row, int64_t at, const Scaling& scaling, float* buffer) {
   const int64_t count = std::min<int64_t>(tile, row.size - at);
   const T* from = row.data + at * row.stride;
+  const bool identity = scaling.identity();
   if constexpr (sizeof(T) == 4)
-    if (row.stride == 1 && count == tile && scaling.identity()) return from;
-  const int64_t whole = row.stride == 1 ? count / lanes * lanes : 0, padded = (count + step - 1) / step * step;
-  if (scaling.identity())
-    for (int64_t i = 0; i < whole; i += lanes) store(buffer + i, load(from + i));
+    if (row.stride == 1 && count == tile && identity) return from;
+  const int64_t whole = row.stride == 1 ? count / L * L : 0, padded = (count + step - 1) / step * step;
+  if (identity)
+    for (int64_t i = 0; i < whole; i += L) Lanes<L>::store(buffer + i, Lanes<L>::load(from + i));
   else
-    for (int64_t i = 0; i < whole; i += lanes) store(buffer + i, scaling(load(from + i)));
-  for (int64_t i = whole; i < padded; i += lanes) {
-    const int64_t rest = std::max<int64_t>(0, count - i);
-    Floats z = load_some(from + i * row.stride, row.stride, rest);
-    if (!scaling.identity()) z = scaling(z);
-    for (int k = 0; k < lanes; k++) z[k] = k < rest ? z[k] : -infinity;  // the cap makes -inf finite
-    store(buffer + i, z);
+    for (int64_t i = 0; i < whole; i += L) Lanes<L>::store(buffer + i, scaling.apply<L>(Lanes<L>::load(from + i)));
+  for (int64_t i = whole; i < padded; i += L) {
+    const int64_t rest = std::clamp<int64_t>(count - i, 0, L);
+    const auto z = load_some<L>(from + i * row.stride, row.stride, rest);
+    Lanes<L>::store(buffer + i, Lanes<L>::first(identity ? z : scaling.apply<L>(z), rest, -infinity));
   }
   return buffer;
 }
 
+// One logit, scaled with the same bits as in its tile.
+template <int L, class T>
+INLINE float load_one(const Row<T>& row, int64_t id, const Scaling& scaling) {
+  const auto z = load_some<L>(row.data + id * row.stride, 1, 1);
+  return (scaling.identity() ? z : scaling.apply<L>(z))[0];
+}
+
 INLINE int64_t tile_steps(int64_t size, int64_t at) { return (std::min<int64_t>(tile, size - at) + step - 1) / step; }
 
-// Asks for the bytes that the tile after this one will read; reading past the end of a row does no harm.
+// Asks for a step's bytes of the tile after this one; reading past the end of a row does no harm.
 template <class T>
 INLINE void prefetch(const Row<T>& row, int64_t i) {
   const char* from = reinterpret_cast<const char*>(row.data + i);
   for (size_t line = 0; line < step * sizeof(T); line += 64) __builtin_prefetch(from + line, 0, 3);
 }
 
+template <int L>
 INLINE float tile_top(const float* z, int64_t steps) {
-  Floats a = fill(-infinity), b = a;
-  for (int64_t i = 0; i < steps; i++) {
-    a = larger(load(z + i * step), a);
-    b = larger(load(z + i * step + lanes), b);
-  }
-  return maximum(larger(a, b));
+  using N = Lanes<L>;
+  constexpr int vectors = step / L;
+  typename N::Floats top[vectors];
+  for (auto& t : top) t = N::fill(-infinity);
+  for (int64_t i = 0; i < steps; i++)
+    for (int k = 0; k < vectors; k++) top[k] = N::larger(N::load(z + i * step + k * L), top[k]);
+  for (int k = 1; k < vectors; k++) top[0] = N::larger(top[0], top[k]);
+  return N::maximum(top[0]);
 }
 
 // Of some logits: their maximum m, sum of exp(z - m) and of exp(z - m) * (z - m).
@@ -110,20 +117,22 @@ struct Softmax {
   double entropy() const { return std::log(total) - dot / total; }
 };
 
-template <class T>
+template <int L, class T>
 INLINE Softmax tile_softmax(const Row<T>& row, int64_t at, const float* z) {
+  using N = Lanes<L>;
   const int64_t steps = tile_steps(row.size, at);
-  const float top = tile_top(z, steps), shift = top == -infinity ? 0 : top;
-  Floats total_a{}, total_b{}, dot_a{}, dot_b{};
-  const Floats low = fill(-1e30f);  // 0 * -inf
+  const float top = tile_top<L>(z, steps), shift = top == -infinity ? 0 : top;
+  const typename N::Floats low = N::fill(-1e30f);  // 0 * -inf
+  typename N::Floats total[2] = {}, dot[2] = {};
   for (int64_t i = 0; i < steps; i++) {
     if (row.stride == 1) prefetch(row, at + tile + i * step);
-    const Floats a = larger(low, load(z + i * step) - shift), b = larger(low, load(z + i * step + lanes) - shift);
-    const Floats e = exp(a), f = exp(b);
-    total_a += e, total_b += f;
-    dot_a += e * a, dot_b += f * b;
+    for (int k = 0; k < step / L; k++) {
+      const auto d = N::larger(low, N::load(z + i * step + k * L) - shift), e = N::exp(d);
+      total[k % 2] += e;
+      dot[k % 2] += e * d;
+    }
   }
-  return {top, sum(total_a + total_b), sum(dot_a + dot_b)};
+  return {top, N::sum(total[0] + total[1]), N::sum(dot[0] + dot[1])};
 }
 
 // The same for float64, plainly.
