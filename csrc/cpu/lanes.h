@@ -20,6 +20,9 @@ struct float16 {
   uint16_t bits;
 };
 
+// The NaN that rounding to bfloat16 keeps; one full of bits would be carried over into -0.
+INLINE float canonical(float x) { return x == x ? x : std::numeric_limits<float>::quiet_NaN(); }
+
 template <int L>
 struct Vectors;
 template <>
@@ -80,10 +83,10 @@ struct Lanes {
     const Halves h = __builtin_convertvector(x, Halves);
     std::memcpy(to, &h, sizeof h);
   }
-  // Both round to nearest, ties to even.
+  // Both round to nearest, ties to even. The first takes a NaN only if its payload is short: see `canonical`.
   static INLINE void store(bfloat16* to, Floats x) {
-    const Words u = words(x), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    store_halves(to, x == x ? rounded : Words{} + 0x7fc0u);
+    const Words u = words(x);
+    store_halves(to, (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   }
   static INLINE void store(float16* to, Floats x) {
     const Words u = words(x), sign = u & 0x80000000u, rest = u ^ sign;
@@ -96,10 +99,11 @@ struct Lanes {
     store_halves(to, h | (sign >> 16));
   }
 
-  // exp of x <= 88 within about an ulp; 0 below -87.7, where the result would be subnormal.
-  static INLINE Floats exp(Floats x) {
+  // exp within about an ulp; 0 below -87.7, where the result would be subnormal.
+  static INLINE Floats exp(Floats x) { return exp_within(clamp(x)); }
+  static INLINE Floats clamp(Floats x) { return larger(fill(-88.03f), x); }
+  static INLINE Floats exp_within(Floats x) {      // -88.03 <= x <= 88
     constexpr float to_integer = 0x1.8p23f + 127;  // adding it rounds, and leaves the exponent's bits at the end
-    x = larger(fill(-88.03f), x);
     const Floats t = x * 0x1.715476p0f + to_integer, n = t - to_integer;
     Floats r = x - n * 0x1.62ep-1f;  // log 2 in two parts
     r = r - n * 0x1.0bfbe8p-15f;
@@ -121,7 +125,7 @@ struct Lanes {
     p = p * s - 3.333328194e-01f;
     const Floats small = a + a * (p * s);
     const Floats bounded = 15.0f < a ? fill(15.0f) : a;  // NaN stays
-    const Floats large = 1.0f - 2.0f / (exp(bounded + bounded) + 1.0f);
+    const Floats large = 1.0f - 2.0f / (exp_within(bounded + bounded) + 1.0f);
     return floats(words(0.625f < a ? large : small) | sign);
   }
 

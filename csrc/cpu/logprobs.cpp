@@ -85,7 +85,8 @@ struct Backward {
   static INLINE void run(const Row<T>& given, int64_t id, const Upstream<float>& given_up, const Scaling& given_scaling,
                          T* grad) {
     const Row<T> row = given;
-    const Upstream<float> up = given_up;
+    const Upstream<float> up = {canonical(given_up.logprob), canonical(given_up.entropy), canonical(given_up.lse),
+                                canonical(given_up.row_entropy), canonical(given_up.row_lse)};
     const Scaling scaling = given_scaling;
     scaling.softcap == 0 ? row_gradient<L, false>(row, id, up, scaling, grad)
                          : row_gradient<L, true>(row, id, up, scaling, grad);

@@ -122,12 +122,11 @@ INLINE Softmax tile_softmax(const Row<T>& row, int64_t at, const float* z) {
   using N = Lanes<L>;
   const int64_t steps = tile_steps(row.size, at);
   const float top = tile_top<L>(z, steps), shift = top == -infinity ? 0 : top;
-  const typename N::Floats low = N::fill(-1e30f);  // 0 * -inf
   typename N::Floats total[2] = {}, dot[2] = {};
   for (int64_t i = 0; i < steps; i++) {
     if (row.stride == 1) prefetch(row, at + tile + i * step);
     for (int k = 0; k < step / L; k++) {
-      const auto d = N::larger(low, N::load(z + i * step + k * L) - shift), e = N::exp(d);
+      const auto d = N::clamp(N::load(z + i * step + k * L) - shift), e = N::exp_within(d);  // no 0 * -inf
       total[k % 2] += e;
       dot[k % 2] += e * d;
     }
