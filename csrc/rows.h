@@ -73,6 +73,8 @@ inline bool is_floating(Dtype dtype) {
   return dtype == Dtype::float32 || dtype == Dtype::float64 || dtype == Dtype::bfloat16 || dtype == Dtype::float16;
 }
 
+inline int bytes_of(Dtype floating) { return floating == Dtype::float64 ? 8 : floating == Dtype::float32 ? 4 : 2; }
+
 // What ops over rows of logits ask of their arguments. Throws std::invalid_argument, Python's ValueError: the public
 // functions have seen to it already, but torch.ops.rlhf_fast comes here directly, and a wrong dtype would be a wrong
 // address.
