@@ -84,14 +84,14 @@ INLINE Pair tile_pair(const float* z, const float* w, int64_t steps) {
   using N = Lanes<L>;
   const float top = tile_top<L>(z, steps), shift = top == -infinity ? 0 : top;
   const float ref_top = tile_top<L>(w, steps), ref_shift = ref_top == -infinity ? 0 : ref_top;
-  const typename N::Floats low = N::fill(-1e30f);
+  const typename N::Floats low = N::fill(-1e30f), bound = N::bound();
   typename N::Floats total[2] = {}, dot[2] = {}, ref_total[2] = {}, cross[2] = {};
   typename N::Words infinite = {};
   for (int64_t i = 0; i < steps; i++) {
     for (int k = 0; k < step / L; k++) {
       const auto a = N::load(z + i * step + k * L), b = N::load(w + i * step + k * L);
-      const auto d = N::clamp(a - shift), e = N::exp_within(d);
-      const auto ref_d = b - ref_shift, f = N::exp(ref_d);
+      const auto d = N::clamp(a - shift, bound), e = N::exp_within(d);
+      const auto ref_d = b - ref_shift, f = N::exp(ref_d, bound);
       total[k % 2] += e;
       dot[k % 2] += e * d;
       ref_total[k % 2] += f;
@@ -166,7 +166,8 @@ struct Backward {
                                 canonical(given.row_kl),     canonical(given.row_entropy), canonical(given.row_lse),
                                 canonical(given.row_ref_lse)};
     const float per_temperature = scaling.per_temperature;
-    const auto exp = [](auto x) __attribute__((always_inline)) { return N::exp(x); };
+    const auto bound = N::bound();
+    const auto exp = [&](auto x) __attribute__((always_inline)) { return N::exp(x, bound); };
     alignas(64) float buffer[tile], ref_buffer[tile], dz[tile];
     for (int64_t at = 0; at < row.size; at += tile) {
       const int64_t steps = tile_steps(row.size, at), count = std::min<int64_t>(tile, row.size - at);

@@ -13,6 +13,8 @@ namespace rlhf_fast::cpu {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
+inline float lowest = -88.03f;  // see Lanes::bound
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -70,6 +72,12 @@ struct Lanes {
     std::memcpy(&x, from, sizeof x);
     return __builtin_convertvector(x, Words);
   }
+  // The even ones of 2 L, then the odd ones: where order does not matter, this saves the shuffles.
+  static INLINE void load_pairs(const bfloat16* from, Floats& even, Floats& odd) {
+    Words x;
+    std::memcpy(&x, from, sizeof x);
+    even = floats(x << 16), odd = floats(x & 0xffff0000u);
+  }
   static INLINE Floats load(const bfloat16* from) { return floats(load_halves(from) << 16); }
   static INLINE Floats load(const float16* from) {
     const Words h = load_halves(from), sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
@@ -100,19 +108,20 @@ struct Lanes {
   }
 
   // exp within about an ulp; 0 below -87.7, where the result would be subnormal.
-  static INLINE Floats exp(Floats x) { return exp_within(clamp(x)); }
-  static INLINE Floats clamp(Floats x) { return larger(fill(-88.03f), x); }
+  // `low` is bound(), which belongs outside of the loop: the compiler makes one instruction of the maximum only as long
+  // as it does not know the number.
+  static INLINE Floats exp(Floats x, Floats low) { return exp_within(clamp(x, low)); }
+  static INLINE Floats clamp(Floats x, Floats low) { return larger(low, x); }
+  static INLINE Floats bound() { return fill(lowest); }
   static INLINE Floats exp_within(Floats x) {      // -88.03 <= x <= 88
     constexpr float to_integer = 0x1.8p23f + 127;  // adding it rounds, and leaves the exponent's bits at the end
-    const Floats t = x * 0x1.715476p0f + to_integer, n = t - to_integer;
-    Floats r = x - n * 0x1.62ep-1f;  // log 2 in two parts
-    r = r - n * 0x1.0bfbe8p-15f;
-    Floats p = r * 1.381432056e-03f + 8.368851066e-03f;
-    p = p * r + 4.166840108e-02f;
-    p = p * r + 1.666651952e-01f;
-    p = p * r + 4.999999337e-01f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    constexpr float per_log2 = 0x1.715476p0f;
+    const Floats t = x * per_log2 + to_integer, f = x * per_log2 - (t - to_integer);  // one rounding: fused
+    Floats p = f * 1.326445433e-03f + 9.671725462e-03f;
+    p = p * f + 5.550736323e-02f;
+    p = p * f + 2.402223883e-01f;
+    p = p * f + 6.931469752e-01f;
+    p = p * f + 1.0f;
     return p * floats(words(t) << 23);
   }
 

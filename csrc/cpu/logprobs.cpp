@@ -28,7 +28,7 @@ struct Forward {
     alignas(64) float buffer[tile];
     Softmax softmax;
     for (int64_t at = 0; at < row.size; at += tile)
-      softmax.merge(tile_softmax<L>(row, at, load_tile<L>(row, at, scaling, buffer)));
+      softmax.merge(tile_softmax<L>(row, at, load_tile<L, false>(row, at, scaling, buffer)));
     const double lse = softmax.lse();
     return {load_one<L>(row, id, scaling) - lse, softmax.entropy(), lse};
   }
@@ -48,7 +48,7 @@ struct Upstream {  // of one row
 struct Backward {
   // Of as many logits at once; `chosen` is what a chosen one adds.
   template <int L, bool CAPPED, class V>
-  static INLINE V gradient(V x, V chosen, const Upstream<float>& up, const Scaling& scaling) {
+  static INLINE V gradient(V x, V chosen, V low, const Upstream<float>& up, const Scaling& scaling) {
     V slope = Lanes<L>::fill(scaling.per_temperature), z = x * scaling.per_temperature;
     if constexpr (CAPPED) {
       const V t = Lanes<L>::tanh(x * scaling.per_softcap);
@@ -56,7 +56,7 @@ struct Backward {
       slope *= 1.0f - t * t;
     }
     const V logp = z - up.row_lse;
-    const V from_p = Lanes<L>::exp(logp) * ((up.lse - up.logprob) - up.entropy * (logp + up.row_entropy));
+    const V from_p = Lanes<L>::exp(logp, low) * ((up.lse - up.logprob) - up.entropy * (logp + up.row_entropy));
     return ((logp == -infinity ? V{} : from_p) + chosen) * slope;  // a select: 0 * -inf
   }
 
@@ -64,20 +64,20 @@ struct Backward {
   static INLINE void row_gradient(const Row<T>& row, int64_t id, const Upstream<float>& up, const Scaling& scaling,
                                   T* grad) {
     using N = Lanes<L>;
-    const typename N::Floats zero = {};
+    const typename N::Floats zero = {}, low = N::bound();
     const int64_t whole = row.stride == 1 ? row.size / L * L : 0;
     for (int64_t i = 0; i < whole; i += L)
-      N::store(grad + i, gradient<L, CAPPED>(N::load(row.data + i), zero, up, scaling));
+      N::store(grad + i, gradient<L, CAPPED>(N::load(row.data + i), zero, low, up, scaling));
     T some[L];
     for (int64_t i = whole; i < row.size; i += L) {
       const int64_t rest = std::min<int64_t>(L, row.size - i);
       const auto x = load_some<L>(row.data + i * row.stride, row.stride, rest);
-      N::store(some, gradient<L, CAPPED>(x, zero, up, scaling));
+      N::store(some, gradient<L, CAPPED>(x, zero, low, up, scaling));
       std::memcpy(static_cast<void*>(grad + i), some, rest * sizeof(T));
     }
     // The chosen one again, with its share added before anything is rounded.
     const auto x = load_some<L>(row.data + id * row.stride, 1, 1);
-    N::store(some, gradient<L, CAPPED>(x, N::fill(up.logprob), up, scaling));
+    N::store(some, gradient<L, CAPPED>(x, N::fill(up.logprob), low, up, scaling));
     grad[id] = some[0];
   }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -47,23 +48,32 @@ INLINE auto load_some(const T* from, int64_t stride, int64_t count) {
 }
 
 // Logits [at, at + tile) of the row, scaled; at the end of the row filled up with -inf to whole steps. `buffer` may
-// stay unused.
-template <int L, class T>
+// stay unused. Unless `ORDERED`, they may change places.
+template <int L, bool ORDERED = true, class T>
 INLINE const float* load_tile(const Row<T>& row, int64_t at, const Scaling& scaling, float* buffer) {
+  using N = Lanes<L>;
   const int64_t count = std::min<int64_t>(tile, row.size - at);
   const T* from = row.data + at * row.stride;
   const bool identity = scaling.identity();
   if constexpr (sizeof(T) == 4)
     if (row.stride == 1 && count == tile && identity) return from;
   const int64_t whole = row.stride == 1 ? count / L * L : 0, padded = (count + step - 1) / step * step;
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bfloat16> && !ORDERED) {
+    for (; i + 2 * L <= whole && identity; i += 2 * L) {
+      typename N::Floats even, odd;
+      N::load_pairs(from + i, even, odd);
+      N::store(buffer + i, even), N::store(buffer + i + L, odd);
+    }
+  }
   if (identity)
-    for (int64_t i = 0; i < whole; i += L) Lanes<L>::store(buffer + i, Lanes<L>::load(from + i));
+    for (; i < whole; i += L) N::store(buffer + i, N::load(from + i));
   else
-    for (int64_t i = 0; i < whole; i += L) Lanes<L>::store(buffer + i, scaling.apply<L>(Lanes<L>::load(from + i)));
-  for (int64_t i = whole; i < padded; i += L) {
+    for (; i < whole; i += L) N::store(buffer + i, scaling.apply<L>(N::load(from + i)));
+  for (; i < padded; i += L) {
     const int64_t rest = std::clamp<int64_t>(count - i, 0, L);
     const auto z = load_some<L>(from + i * row.stride, row.stride, rest);
-    Lanes<L>::store(buffer + i, Lanes<L>::first(identity ? z : scaling.apply<L>(z), rest, -infinity));
+    N::store(buffer + i, N::first(identity ? z : scaling.apply<L>(z), rest, -infinity));
   }
   return buffer;
 }
@@ -122,11 +132,12 @@ INLINE Softmax tile_softmax(const Row<T>& row, int64_t at, const float* z) {
   using N = Lanes<L>;
   const int64_t steps = tile_steps(row.size, at);
   const float top = tile_top<L>(z, steps), shift = top == -infinity ? 0 : top;
+  const auto low = N::bound();
   typename N::Floats total[2] = {}, dot[2] = {};
   for (int64_t i = 0; i < steps; i++) {
     if (row.stride == 1) prefetch(row, at + tile + i * step);
     for (int k = 0; k < step / L; k++) {
-      const auto d = N::clamp(N::load(z + i * step + k * L) - shift), e = N::exp_within(d);  // no 0 * -inf
+      const auto d = N::clamp(N::load(z + i * step + k * L) - shift, low), e = N::exp_within(d);  // no 0 * -inf
       total[k % 2] += e;
       dot[k % 2] += e * d;
     }
