@@ -8,6 +8,12 @@
 
 #include "ops.h"
 
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 namespace rlhf_fast {
 
 // Where row i of all rows begins, counted in elements; any strides, no copy.
@@ -27,7 +33,7 @@ class RowOffsets {
       stride_[dims_++] = stride;
     }
   }
-  int64_t operator[](int64_t row) const {
+  HOST_DEVICE int64_t operator[](int64_t row) const {
     if (dims_ == 0) return 0;
     int64_t offset = 0;
     for (int d = 0; d + 1 < dims_; d++) {
