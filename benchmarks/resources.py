@@ -50,6 +50,28 @@ def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length
     return [rewards, values, mask, last_values, cu_seqlens, 0.99, 0.95, holes, advantages, returns]
 
 
+def logprobs_call(dtype: torch.dtype, index: torch.dtype, softcap: float | None, masked: bool, length: int) -> list:
+    """Arguments of the Triton function ``logprobs``."""
+    rows = [torch.empty(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(3)]
+    mask = torch.empty(4, dtype=torch.bool) if masked else None
+    return [torch.empty(4, length, dtype=dtype), torch.empty(4, dtype=index), mask, 0.7, softcap, *rows]
+
+
+def logprobs_backward_call(
+    dtype: torch.dtype, index: torch.dtype, softcap: float | None, masked: bool, length: int
+) -> list:
+    """Arguments of the Triton function ``logprobs_backward``."""
+    logits, ids, mask, temperature, softcap, *rows = logprobs_call(dtype, index, softcap, masked, length)
+    return [*rows, logits, ids, *rows[1:], mask, temperature, softcap, torch.empty_like(logits)]
+
+
+LOGPROBS_VARIANTS = (
+    (torch.float32, torch.int64, None, False),
+    (torch.bfloat16, torch.int64, None, True),
+    (torch.float16, torch.int32, 30.0, True),
+    (torch.float64, torch.int64, None, True),
+)
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -61,6 +83,15 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float64, "skip", "packed int64", torch.int64),
             (torch.float64, "zero", "padded", None),
         )
+    },
+    **{
+        op: {
+            f"{op}{' softcap' if cap else ''}{' mask' if masked else ''} {str(dtype).removeprefix('torch.')}": partial(
+                call, dtype, index, cap, masked
+            )
+            for dtype, index, cap, masked in LOGPROBS_VARIANTS
+        }
+        for op, call in (("logprobs", logprobs_call), ("logprobs_backward", logprobs_backward_call))
     },
 }
 
@@ -118,7 +149,7 @@ def triton_resources() -> Iterator[Resources]:
         run(self, *args, grid=grid, warmup=True, **kwargs)
     )
     for op, calls in TRITON_CALLS.items():
-        launch = getattr(import_module(f"rlhf_fast.triton_kernels.{op}"), op)
+        launch = getattr(import_module(f"rlhf_fast.triton_kernels.{op.removesuffix('_backward')}"), op)
         for variant, arguments in calls.items():
             for architecture in ARCHITECTURES:
                 driver.set_active(CompileOnly(architecture))

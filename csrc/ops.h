@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace rlhf_fast {
@@ -30,12 +31,25 @@ struct View {
 namespace cpu {
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns);
+void kl(View logits, View ref_logits, View ids, View mask, double temperature, View kl, View logprobs,
+        View ref_logprobs, View entropy, View lse, View ref_lse);
+void kl_backward(View grad_kl, View grad_logprobs, View grad_entropy, View logits, View ref_logits, View kl,
+                 View entropy, View lse, View ref_lse, View ids, View mask, double temperature, View grad);
+void logprobs(View logits, View ids, View mask, double temperature, std::optional<double> softcap, View logprobs,
+              View entropy, View lse);
+void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,
+                       View lse, View mask, double temperature, std::optional<double> softcap, View grad);
 }  // namespace cpu
 
 namespace cuda {
 int device_count();  // 0 where there is no driver
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns, int device, uintptr_t stream);
+void logprobs(View logits, View ids, View mask, double temperature, std::optional<double> softcap, View logprobs,
+              View entropy, View lse, int device, uintptr_t stream);
+void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,
+                       View lse, View mask, double temperature, std::optional<double> softcap, View grad, int device,
+                       uintptr_t stream);
 }  // namespace cuda
 
 }  // namespace rlhf_fast

@@ -75,7 +75,8 @@ def cuda_module() -> ModuleType:
 
 def simt_implementation(op: str) -> Callable:
     """The CUDA kernel of ``op`` as a function with the arguments of its schema, on CPU tensors."""
-    fake = importlib.import_module(f"rlhf_fast.ops.{op}")._fake
+    module = importlib.import_module(f"rlhf_fast.ops.{op.removesuffix('_backward')}")
+    fake = module._fake_backward if op.endswith("_backward") else module._fake
     return dispatch.bind(getattr(torch.ops.rlhf_fast, op).default, fake, getattr(cuda_module(), op), compiled=True)
 
 
