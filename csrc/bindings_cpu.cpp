@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "view_caster.h"
 
@@ -9,4 +10,6 @@ using no_gil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_cpu, m) {
   using namespace rlhf_fast;
   m.def("gae", &cpu::gae, no_gil());
+  m.def("ppo_loss", &cpu::ppo_loss, no_gil());
+  m.def("ppo_loss_backward", &cpu::ppo_loss_backward, no_gil());
 }

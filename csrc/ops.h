@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace rlhf_fast {
@@ -30,6 +31,13 @@ struct View {
 namespace cpu {
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns);
+void ppo_loss(View logprobs, View old_logprobs, View advantages, View mask, View values, View old_values, View returns,
+              View entropy, View ref_logprobs, View denominator, double cliprange_low, double cliprange_high,
+              double cliprange_value, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl,
+              std::optional<double> dual_clip, double log_ratio_clamp, const std::string& aggregate, View loss,
+              View stats, View grad_logprobs, View grad_values, View grad_entropy);
+void ppo_loss_backward(View grad_loss, View grad_logprobs, View grad_values, View grad_entropy, View logprobs,
+                       View values, View entropy);
 }  // namespace cpu
 
 namespace cuda {
