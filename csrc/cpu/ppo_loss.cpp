@@ -29,7 +29,7 @@ template <class T>
 INLINE Partial take_chunk(const Batch<T>& batch, int64_t start) {
   alignas(64) T rooms[inputs][block] = {}, grad_room[block];
   alignas(64) uint8_t mask_room[block];
-  alignas(64) Block<T> b{{}, batch.bounds, {}, {}, {}, {}, {}};
+  Block<T> b{{}, batch.bounds, {}, {}, {}, {}, {}};
   Sums<T> sums;
   const auto has = [&](int input) { return batch.input[input].data != nullptr; };
   const int old_values = has(OLD_VALUES) ? OLD_VALUES : VALUES;  // its own value is never clipped
@@ -91,7 +91,7 @@ int64_t count_mask(const View& mask, const PPOLossNumbers& numbers, std::vector<
   const bool whole = !numbers.by_sequence() && (rows == 1 || (input.stride_t == 1 && input.stride_b == width));
   const int64_t length = whole ? chunk : width, tasks = whole ? (rows * width + chunk - 1) / chunk : rows;
   int64_t valid = 0;
-#pragma omp parallel for schedule(static) reduction(+ : valid) if (rows * width >= 4 * parallel_from)
+#pragma omp parallel for schedule(guided) reduction(+ : valid) if (rows * width >= 4 * parallel_from)
   for (int64_t i = 0; i < tasks; i++) {
     const int64_t here = whole ? std::min(chunk, rows * width - i * chunk) : length;
     const int64_t step = whole ? chunk * input.stride_t : input.stride_b;
@@ -126,7 +126,7 @@ void run(const PPOLossTensors& t, const PPOLossNumbers& numbers, void (*take)(co
       static_cast<T>(1 / denominator)};
   const int64_t chunks = (tokens + chunk - 1) / chunk;
   std::vector<Partial> partials(chunks);
-#pragma omp parallel for schedule(static) if (tokens >= parallel_from)
+#pragma omp parallel for schedule(guided) if (tokens >= parallel_from)
   for (int64_t i = 0; i < chunks; i++) take(batch, i * chunk, partials[i]);
 
   Partial all;
@@ -164,7 +164,7 @@ void scale_all(const View& grad, T factor, const View& output) {
   const int64_t step = last == 1 ? grad.stride[0] : 0, stride = grad.stride[last];
   if (step == width * stride) width *= rows, rows = 1;
   const int64_t pieces = (width + scale_chunk - 1) / scale_chunk;
-#pragma omp parallel for collapse(2) schedule(static) if (rows * width >= scale_chunk)
+#pragma omp parallel for collapse(2) schedule(guided) if (rows * width >= scale_chunk)
   for (int64_t b = 0; b < rows; b++) {
     for (int64_t i = 0; i < pieces; i++) {
       const int64_t from = i * scale_chunk;

@@ -61,8 +61,9 @@ template <class T>
 struct Block {
   const T* in[inputs];
   const PPOLossBounds<T> bounds;
-  T weight[block];  // 0 where masked
-  T terms[ppo_loss_sums][block], d_logprobs[block], d_values[block], d_entropy[block];
+  alignas(64) T weight[block];  // 0 where masked; aligned, or else the loops begin and end token by token
+  alignas(64) T terms[ppo_loss_sums][block];
+  alignas(64) T d_logprobs[block], d_values[block], d_entropy[block];
 
   // Loaded before it is asked whether it counts: a load that depends on that is no vector's.
   INLINE T valid(int input, int64_t i) const {
@@ -129,8 +130,8 @@ struct Block {
 template <class T>
 struct Sums {
   static constexpr int lanes = 16;
-  double wide[ppo_loss_sums][lanes] = {};
-  T largest[lanes] = {};
+  alignas(64) double wide[ppo_loss_sums][lanes] = {};
+  alignas(64) T largest[lanes] = {};
 
   INLINE void add(int which, const T* weight, const T* x) {
     for (int64_t i = 0; i < block; i += 4 * lanes) {
@@ -141,7 +142,7 @@ struct Sums {
     }
   }
   INLINE void add_largest(const T* ratio) {
-    T top[lanes];
+    alignas(64) T top[lanes];
     std::copy(largest, largest + lanes, top);
     for (int64_t i = 0; i < block; i += lanes) {
 #pragma omp simd

@@ -275,8 +275,20 @@ def _setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: t
     ctx.has_values, ctx.has_entropy = inputs[4] is not None, inputs[7] is not None
 
 
+def _changes_nothing(grad_loss: Tensor) -> bool:
+    """Whether the saved gradients can be handed out as they are, as after ``loss.backward()``.
+
+    Not where the graph is kept for another backward, for whoever gets them may change them in place, and not on a GPU,
+    where a look is a sync.
+    """
+    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu":  # a tracer's tensor cannot be asked
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1
+
+
 def _gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    logprobs, values, entropy = _ppo_loss_backward(grad_loss, *ctx.saved_tensors)
+    grads = ctx.saved_tensors
+    logprobs, values, entropy = grads if _changes_nothing(grad_loss) else _ppo_loss_backward(grad_loss, *grads)
     values, entropy = values if ctx.has_values else None, entropy if ctx.has_entropy else None
     return logprobs, None, None, None, values, None, None, entropy, None, None
 
