@@ -44,6 +44,14 @@ namespace cuda {
 int device_count();  // 0 where there is no driver
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns, int device, uintptr_t stream);
+void ppo_loss(View logprobs, View old_logprobs, View advantages, View mask, View values, View old_values, View returns,
+              View entropy, View ref_logprobs, View denominator, double cliprange_low, double cliprange_high,
+              double cliprange_value, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl,
+              std::optional<double> dual_clip, double log_ratio_clamp, const std::string& aggregate, View loss,
+              View stats, View grad_logprobs, View grad_values, View grad_entropy, View scratch, int device,
+              uintptr_t stream);
+void ppo_loss_backward(View grad_loss, View grad_logprobs, View grad_values, View grad_entropy, View logprobs,
+                       View values, View entropy, int device, uintptr_t stream);
 }  // namespace cuda
 
 }  // namespace rlhf_fast

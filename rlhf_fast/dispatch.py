@@ -51,6 +51,7 @@ def define(
     *,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    scratch: Callable | None = None,
 ) -> Callable:
     """Declare the op of ``schema``, bind its kernels and return it as a function.
 
@@ -58,6 +59,7 @@ def define(
     kernels. ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``; without them a
     gradient that reaches the op raises, for an output that looks differentiable and is not is worse. In the schema all
     tensors come first (their device decides, and PyTorch differentiates no keyword-only tensor), then the numbers.
+    ``scratch`` returns a tensor that the CUDA kernel is given behind the outputs, as room from one launch to the next.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -73,7 +75,9 @@ def define(
         if isinstance(kernel, str):
             ABSENT[name][implementation] = kernel
         else:
-            IMPLEMENTATIONS[name][implementation] = bind(op, fake, kernel, compiled=implementation != "triton")
+            room = scratch if implementation == "cuda" else None
+            bound = bind(op, fake, kernel, compiled=implementation != "triton", scratch=room)
+            IMPLEMENTATIONS[name][implementation] = bound
     for device, candidates in PREFERENCE.items():
         best = next((IMPLEMENTATIONS[name][c] for c in candidates if c in IMPLEMENTATIONS[name]), None)
         if best is not None:
@@ -81,7 +85,7 @@ def define(
     return op
 
 
-def bind(op: Any, fake: Callable, kernel: Callable, *, compiled: bool) -> Callable:
+def bind(op: Any, fake: Callable, kernel: Callable, *, compiled: bool, scratch: Callable | None = None) -> Callable:
     """Turn ``kernel``, which fills outputs, into a function with the arguments of ``op`` that returns them."""
     parameters = [(a.name, a.default_value) for a in op._schema.arguments]
 
@@ -89,6 +93,8 @@ def bind(op: Any, fake: Callable, kernel: Callable, *, compiled: bool) -> Callab
         outputs = fake(*args, **kwargs)
         given = [*args, *(kwargs.get(name, default) for name, default in parameters[len(args) :])]
         given += outputs if isinstance(outputs, tuple) else (outputs,)
+        if scratch is not None:
+            given.append(scratch(*args, **kwargs))
         if not compiled:
             kernel(*given)
             return outputs

@@ -75,8 +75,11 @@ def cuda_module() -> ModuleType:
 
 def simt_implementation(op: str) -> Callable:
     """The CUDA kernel of ``op`` as a function with the arguments of its schema, on CPU tensors."""
-    fake = importlib.import_module(f"rlhf_fast.ops.{op}")._fake
-    return dispatch.bind(getattr(torch.ops.rlhf_fast, op).default, fake, getattr(cuda_module(), op), compiled=True)
+    module = importlib.import_module(f"rlhf_fast.ops.{op.removesuffix('_backward')}")
+    overload, kernel = getattr(torch.ops.rlhf_fast, op).default, getattr(cuda_module(), op)
+    if op.endswith("_backward"):
+        return dispatch.bind(overload, module._fake_backward, kernel, compiled=True)
+    return dispatch.bind(overload, module._fake, kernel, compiled=True, scratch=getattr(module, "_scratch", None))
 
 
 def set_order(module: ModuleType, seed: int) -> None:
