@@ -50,6 +50,21 @@ def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length
     return [rewards, values, mask, last_values, cu_seqlens, 0.99, 0.95, holes, advantages, returns]
 
 
+def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strided: bool, length: int) -> list:
+    """Arguments of the Triton function ``ppo_loss``; ``given`` has a letter for each optional tensor that is there."""
+
+    def make(dtype: torch.dtype = dtype, *, strided: bool = strided) -> torch.Tensor:
+        return torch.empty((4, length, 2), dtype=dtype)[..., 0] if strided else torch.empty((4, length), dtype=dtype)
+
+    tensors = [make(), make(), make(), make(torch.bool)]
+    tensors += [make() if letter in given else None for letter in "vorek"]  # values, old, returns, entropy, ref
+    scalar = torch.ones((), dtype=dtype)
+    numbers = [0.2, 0.3, 0.2, 0.1, 0.01, 0.1, kl, None, 20.0, aggregate]
+    outputs = [torch.empty((), dtype=dtype), torch.empty(9, dtype=dtype)]
+    outputs += [make(strided=False) for _ in range(3)]
+    return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
+
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -60,6 +75,17 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float32, "skip", "packed int32", torch.int32),
             (torch.float64, "skip", "packed int64", torch.int64),
             (torch.float64, "zero", "padded", None),
+        )
+    },
+    "ppo_loss": {
+        f"{str(dtype).removeprefix('torch.')} {name}": partial(ppo_loss_call, dtype, given, kl, aggregate, strided)
+        for dtype, name, given, kl, aggregate, strided in (
+            (torch.float32, "policy", "", "k1", "token_mean", False),
+            (torch.float32, "value", "vor", "k1", "token_mean", False),
+            (torch.float32, "all k3", "vorekd", "k3", "token_sum", False),
+            (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
+            (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
+            (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
         )
     },
 }
