@@ -118,7 +118,7 @@ def ppo_loss(
         raise ValueError(f"ppo_loss: aggregate {aggregate!r} needs [B, T], got {list(shape)}")
     double = any(t is not None and t.dtype == torch.float64 for t in tensors.values())
     dtype = torch.float64 if double else torch.float32
-    tokens = [None if t is None else t.to(dtype) for t in tensors.values()]
+    tokens = [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors.values()]
     loss, stats, *_ = _ppo_loss(
         *tokens[:3], mask, *tokens[3:], _divisor(denominator, dtype, device),
         cliprange_low=low, cliprange_high=high, cliprange_value=cliprange_value, vf_coef=vf_coef,
