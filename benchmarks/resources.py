@@ -72,6 +72,21 @@ LOGPROBS_VARIANTS = (
     (torch.float64, torch.int64, None, True),
 )
 
+def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strided: bool, length: int) -> list:
+    """Arguments of the Triton function ``ppo_loss``; ``given`` has a letter for each optional tensor that is there."""
+
+    def make(dtype: torch.dtype = dtype, *, strided: bool = strided) -> torch.Tensor:
+        return torch.empty((4, length, 2), dtype=dtype)[..., 0] if strided else torch.empty((4, length), dtype=dtype)
+
+    tensors = [make(), make(), make(), make(torch.bool)]
+    tensors += [make() if letter in given else None for letter in "vorek"]  # values, old, returns, entropy, ref
+    scalar = torch.ones((), dtype=dtype)
+    numbers = [0.2, 0.3, 0.2, 0.1, 0.01, 0.1, kl, None, 20.0, aggregate]
+    outputs = [torch.empty((), dtype=dtype), torch.empty(9, dtype=dtype)]
+    outputs += [make(strided=False) for _ in range(3)]
+    return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
+
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -92,6 +107,17 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             for dtype, index, cap, masked in LOGPROBS_VARIANTS
         }
         for op, call in (("logprobs", logprobs_call), ("logprobs_backward", logprobs_backward_call))
+    },
+    "ppo_loss": {
+        f"{str(dtype).removeprefix('torch.')} {name}": partial(ppo_loss_call, dtype, given, kl, aggregate, strided)
+        for dtype, name, given, kl, aggregate, strided in (
+            (torch.float32, "policy", "", "k1", "token_mean", False),
+            (torch.float32, "value", "vor", "k1", "token_mean", False),
+            (torch.float32, "all k3", "vorekd", "k3", "token_sum", False),
+            (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
+            (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
+            (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
+        )
     },
 }
 

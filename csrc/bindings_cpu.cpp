@@ -14,4 +14,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("kl_backward", &cpu::kl_backward, no_gil());
   m.def("logprobs", &cpu::logprobs, no_gil());
   m.def("logprobs_backward", &cpu::logprobs_backward, no_gil());
+  m.def("ppo_loss", &cpu::ppo_loss, no_gil());
+  m.def("ppo_loss_backward", &cpu::ppo_loss_backward, no_gil());
 }

@@ -19,4 +19,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("logprobs_backward", &cuda::logprobs_backward, "grad_logprobs"_a, "grad_entropy"_a, "grad_lse"_a, "logits"_a,
         "ids"_a, "entropy"_a, "lse"_a, "mask"_a, "temperature"_a, "softcap"_a, "grad"_a, "device"_a = 0, "stream"_a = 0,
         no_gil());
+  m.def("ppo_loss", &cuda::ppo_loss, "logprobs"_a, "old_logprobs"_a, "advantages"_a, "mask"_a, "values"_a,
+        "old_values"_a, "returns"_a, "entropy"_a, "ref_logprobs"_a, "denominator"_a, "cliprange_low"_a,
+        "cliprange_high"_a, "cliprange_value"_a, "vf_coef"_a, "entropy_coef"_a, "kl_coef"_a, "kl"_a, "dual_clip"_a,
+        "log_ratio_clamp"_a, "aggregate"_a, "loss"_a, "stats"_a, "grad_logprobs"_a, "grad_values"_a, "grad_entropy"_a,
+        "scratch"_a, "device"_a = 0, "stream"_a = 0, no_gil());
+  m.def("ppo_loss_backward", &cuda::ppo_loss_backward, "grad_loss"_a, "grad_logprobs"_a, "grad_values"_a,
+        "grad_entropy"_a, "logprobs"_a, "values"_a, "entropy"_a, "device"_a = 0, "stream"_a = 0, no_gil());
 }

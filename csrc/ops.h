@@ -39,6 +39,13 @@ void logprobs(View logits, View ids, View mask, double temperature, std::optiona
               View entropy, View lse);
 void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,
                        View lse, View mask, double temperature, std::optional<double> softcap, View grad);
+void ppo_loss(View logprobs, View old_logprobs, View advantages, View mask, View values, View old_values, View returns,
+              View entropy, View ref_logprobs, View denominator, double cliprange_low, double cliprange_high,
+              double cliprange_value, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl,
+              std::optional<double> dual_clip, double log_ratio_clamp, const std::string& aggregate, View loss,
+              View stats, View grad_logprobs, View grad_values, View grad_entropy);
+void ppo_loss_backward(View grad_loss, View grad_logprobs, View grad_values, View grad_entropy, View logprobs,
+                       View values, View entropy);
 }  // namespace cpu
 
 namespace cuda {
@@ -50,6 +57,14 @@ void logprobs(View logits, View ids, View mask, double temperature, std::optiona
 void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,
                        View lse, View mask, double temperature, std::optional<double> softcap, View grad, int device,
                        uintptr_t stream);
+void ppo_loss(View logprobs, View old_logprobs, View advantages, View mask, View values, View old_values, View returns,
+              View entropy, View ref_logprobs, View denominator, double cliprange_low, double cliprange_high,
+              double cliprange_value, double vf_coef, double entropy_coef, double kl_coef, const std::string& kl,
+              std::optional<double> dual_clip, double log_ratio_clamp, const std::string& aggregate, View loss,
+              View stats, View grad_logprobs, View grad_values, View grad_entropy, View scratch, int device,
+              uintptr_t stream);
+void ppo_loss_backward(View grad_loss, View grad_logprobs, View grad_values, View grad_entropy, View logprobs,
+                       View values, View entropy, int device, uintptr_t stream);
 }  // namespace cuda
 
 }  // namespace rlhf_fast

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import dispatch
 from rlhf_fast.ops.gae import reference
+from rlhf_fast.ops.ppo_loss import AGGREGATES
 
 pytestmark = pytest.mark.skipif(build.absence() is not None, reason=str(build.absence()))
 CHUNK = 1024  # tokens per step of a block (kernels/cuda/gae_scan.cuh)
@@ -233,3 +234,33 @@ def test_gae_host_keeps_to_devices_that_exist() -> None:
         module.gae(*good, 7, 0)
     module.gae(*good, 1, 0)
     assert module.device_count() == 2
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_ppo_loss_in_every_order(aggregate: str) -> None:
+    """More tokens than a block takes, with holes: the same bits whichever thread and block comes first."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, CHUNK + 5, generator=generator) * 0.4 for _ in range(8)]
+    mask = torch.rand(3, CHUNK + 5, generator=generator) < 0.7
+    mask[1] = False
+    numbers = {
+        "cliprange_low": 0.2, "cliprange_high": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "entropy_coef": 0.1,
+        "kl_coef": 0.1, "kl": "k3", "dual_clip": 1.5, "log_ratio_clamp": 20.0, "aggregate": aggregate,
+    }  # fmt: skip
+    ppo_loss, backward = (build.simt_implementation(op) for op in ("ppo_loss", "ppo_loss_backward"))
+    results = []
+    for seed in range(4):
+        build.set_order(build.cuda_module(), seed)
+        results.append(ppo_loss(*tensors[:3], mask, *tensors[3:], **numbers))
+        scaled = backward(torch.tensor(3.0), *results[-1][2:])
+        assert all(torch.equal(s, 3 * g) for s, g in zip(scaled, results[-1][2:], strict=True))
+    build.set_order(build.cuda_module(), 0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_ppo_loss_backward_of_nothing_and_of_strides() -> None:
+    backward, none = build.simt_implementation("ppo_loss_backward"), torch.empty(0)
+    assert all(g.numel() == 0 for g in backward(torch.tensor(2.0), none, none, none))
+    turned = torch.arange(6.0).view(3, 2).t()
+    assert torch.equal(backward(torch.tensor(2.0), turned, turned[:, ::2], none)[1], 2 * turned[:, ::2])

@@ -257,6 +257,9 @@ def test_strided_views_and_one_advantage_per_sequence(run, device):
     for ours in (strided, expanded):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     rest = t["logprobs"], t["old_logprobs"]
+    everywhere = {n: x if n == "mask" else x.nan_to_num(0, 0, 0) for n, x in t.items()}
+    everywhere["mask"] = torch.ones(1, 1, dtype=torch.bool).expand(6, 8)
+    close(*both(run, device, everywhere, **ALL), torch.float32)
     one = ppo_loss(*rest, t["advantages"][:, 0], t["mask"])
     assert torch.equal(one.loss, ppo_loss(*rest, t["advantages"], t["mask"]).loss)
 
@@ -399,3 +402,113 @@ def test_sequences_cannot_be_counted_in_packed_tokens():
     x, mask = torch.zeros(5), torch.ones(5, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"ppo_loss: aggregate 'seq_mean_token_sum' needs \[B, T\], got \[5\]"):
         ppo_loss(x, x, x, mask, aggregate="seq_mean_token_sum")
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("shape", [(3, 1500), (1, 4097), (9, 511)], ids=str)
+def test_more_tokens_than_a_block_takes(run, device, aggregate, shape):
+    t = case(shape, seed=9)
+    t["mask"][0, :300] = True  # in a row that is longer than a block both kinds of block
+    t = {n: x.nan_to_num(0, 0, 0) for n, x in t.items()}
+    ours, theirs = both(run, device, t, aggregate=aggregate, **ALL)
+    close(ours, theirs, torch.float32)
+    if run is IMPLEMENTATIONS["ppo_loss"]["reference"]:
+        return  # the order of PyTorch's sums follows the strides
+    wide = {n: torch.nn.functional.pad(x, (3, 2))[:, 3:-2] for n, x in t.items()}
+    flipped = {n: x.t().contiguous().t() for n, x in t.items()}
+    for again in (wide, flipped):
+        same, _ = both(run, device, again, aggregate=aggregate, **ALL)
+        assert all(torch.equal(a, b) for a, b in zip(ours, same, strict=True))
+
+
+@pytest.mark.skipif("cpp" not in IMPLEMENTATIONS["ppo_loss"], reason="the C++ kernels were not built")
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_threads_change_no_bit(aggregate):
+    t = case((70, 1001), seed=10)
+    order = [t[n].nan_to_num(0, 0, 0) for n in (*TENSORS[:3], "mask", *TENSORS[3:])]
+    kernel, numbers, before = IMPLEMENTATIONS["ppo_loss"]["cpp"], {**NUMBERS, **ALL}, torch.get_num_threads()
+    expected = kernel(*order, **{**numbers, "aggregate": aggregate})
+    torch.set_num_threads(2)
+    try:
+        got = kernel(*order, **{**numbers, "aggregate": aggregate})
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_ratio_is_exact_to_an_ulp(run, device):
+    # Without a clip and with A = -1 the gradient of a token is its ratio.
+    log_ratio = torch.cat([torch.linspace(-87, 88.7, 3001), torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)])
+    zero, mask = torch.zeros_like(log_ratio), torch.ones(log_ratio.shape, dtype=torch.bool)
+    given = [x.to(device) for x in (log_ratio, zero, zero - 1, mask)]
+    free = {"cliprange_low": math.inf, "cliprange_high": math.inf, "log_ratio_clamp": math.inf}
+    ratio = run(*given, **{**NUMBERS, **free, "aggregate": "token_sum"})[2].cpu()
+    exact = log_ratio.double().exp()
+    ulp = torch.nextafter(exact.float(), torch.tensor(math.inf)).double() - exact.float().double()
+    assert ((ratio.double() - exact).abs() / ulp).max() < 1.3
+    overflow = run(*(x[:1] for x in (given[0] + 300, *given[1:])), **{**NUMBERS, **free})  # e^213
+    assert overflow[0].item() == math.inf
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_nan_at_a_valid_token_shows(run, device, name):
+    t = case((2, 40), density=1.0, seed=11)
+    t["mask"][1, 3] = False
+    t[name][1, 3] = math.nan  # does not count
+    order = [t[n].to(device) for n in (*TENSORS[:3], "mask", *TENSORS[3:])]
+    assert run(*order, **{**NUMBERS, **ALL})[0].isfinite()
+    t[name][0, 17] = math.nan  # does
+    order = [t[n].to(device) for n in (*TENSORS[:3], "mask", *TENSORS[3:])]
+    loss, stats, *_ = run(*order, **{**NUMBERS, **ALL})
+    assert loss.isnan()
+    assert stats[STATS.index("ratio_max")].isnan() == (name in ("logprobs", "old_logprobs"))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS["ppo_loss_backward"])
+@pytest.mark.parametrize("shape", [(3, 7), (11,), (2, 20_000)], ids=str)
+def test_backward_scales_any_layout(name, shape):
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        pytest.skip("no GPU: test_simt.py runs it through the shim")
+    device = "cuda" if gpu and name in ("cuda", "triton") else "cpu"
+    backward = IMPLEMENTATIONS["ppo_loss_backward"][name]
+    whole = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(12)).to(device)
+    grads = whole[..., 0], whole[..., 1].contiguous(), whole.new_empty(0)
+    factor = torch.tensor(-0.3, device=device)
+    for inputs in (grads, (grads[0].t(), *grads[1:])):
+        for got, x in zip(backward(factor, *inputs), inputs, strict=True):
+            assert torch.equal(got, factor * x)
+
+
+def test_a_retained_graph_gives_the_same_gradient_again():
+    t = case((4, 30), density=1.0, seed=13)
+    logprobs, values = t["logprobs"].requires_grad_(), t["values"].requires_grad_()
+    loss = ppo_loss(logprobs, t["old_logprobs"], t["advantages"], t["mask"], values=values, returns=t["returns"]).loss
+    loss.backward(retain_graph=True)
+    first = logprobs.grad.clone(), values.grad.clone()
+    logprobs.grad.mul_(100)  # as clipping gradients does
+    values.grad.zero_()
+    again = torch.autograd.grad(loss, (logprobs, values))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs": torch.zeros(2, 3, dtype=torch.bfloat16)}, "logprobs must be float32 or float64"),
+        ({"logprobs": torch.zeros(2, 3, 1)}, r"logprobs must be \[B, T\] or \[N\]"),
+        ({"advantages": torch.zeros(2)}, "all tensors must have the shape of logprobs"),
+        ({"returns": torch.zeros(2, 3).double()}, "all tensors must have the dtype of logprobs"),
+        ({"mask": torch.ones(2, 3)}, "mask must be bool"),
+        ({"returns": None}, "values and returns must be given together"),
+        ({"denominator": torch.ones(3)}, "denominator must be 0-d"),
+    ],
+)
+def test_a_compiled_kernel_called_directly_checks_its_addresses(run, request, device, change, message):
+    if not any(form in request.node.callspec.id for form in ("cpp", "simt", "cuda-")):
+        pytest.skip("only what takes raw addresses")
+    names = ("logprobs", "old_logprobs", "advantages", "mask", "values", "old_values", "returns", "denominator")
+    given = {n: torch.zeros(2, 3) for n in names[:-1]} | {"mask": torch.ones(2, 3).bool(), **change}
+    given = {n: None if x is None else x.to(device) for n, x in given.items()}
+    with pytest.raises(ValueError, match=f"ppo_loss: {message}"):
+        run(*(given[n] for n in names[:7]), None, None, given.get("denominator"), **NUMBERS)

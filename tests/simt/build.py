@@ -76,8 +76,10 @@ def cuda_module() -> ModuleType:
 def simt_implementation(op: str) -> Callable:
     """The CUDA kernel of ``op`` as a function with the arguments of its schema, on CPU tensors."""
     module = importlib.import_module(f"rlhf_fast.ops.{op.removesuffix('_backward')}")
-    fake = module._fake_backward if op.endswith("_backward") else module._fake
-    return dispatch.bind(getattr(torch.ops.rlhf_fast, op).default, fake, getattr(cuda_module(), op), compiled=True)
+    overload, kernel = getattr(torch.ops.rlhf_fast, op).default, getattr(cuda_module(), op)
+    if op.endswith("_backward"):
+        return dispatch.bind(overload, module._fake_backward, kernel, compiled=True)
+    return dispatch.bind(overload, module._fake, kernel, compiled=True, scratch=getattr(module, "_scratch", None))
 
 
 def set_order(module: ModuleType, seed: int) -> None:
