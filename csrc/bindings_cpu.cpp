@@ -9,4 +9,5 @@ using no_gil = py::call_guard<py::gil_scoped_release>;
 PYBIND11_MODULE(_cpu, m) {
   using namespace rlhf_fast;
   m.def("gae", &cpu::gae, no_gil());
+  m.def("sample", &cpu::sample, no_gil());
 }

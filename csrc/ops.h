@@ -30,6 +30,10 @@ struct View {
 namespace cpu {
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns);
+void sample(View logits, View seeds, View positions, View temperature, View top_k, View top_p, View min_p,
+            View repetition_penalty, View presence_penalty, View frequency_penalty, View token_counts, View logit_bias,
+            View allowed, View ids, View logprobs, View policy_logprobs, View kept_logmass, View entropy, View kept,
+            View status);
 }  // namespace cpu
 
 namespace cuda {
