@@ -71,12 +71,9 @@ struct Candidates {
 
 template <class T>
 INLINE bool any_from(const T* scores, int n, T least) {
-  decltype(Vector<T>::load(scores) >= least) found = {};
-  for (int i = 0; i < n; i += Vector<T>::lanes) found |= Vector<T>::load(scores + i) >= least;
-  const Words words = reinterpret_cast<Words>(found);
-  int64_t any = 0;
-  for (int i = 0; i < wide; i++) any |= words[i];
-  return any != 0;
+  auto most = Vector<T>::load(scores);
+  for (int i = Vector<T>::lanes; i < n; i += Vector<T>::lanes) most = larger(most, Vector<T>::load(scores + i));
+  return largest<T>(most) >= least;
 }
 
 // The tokens from `least` on, in chunks and parts of them that have one.

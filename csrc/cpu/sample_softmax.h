@@ -109,6 +109,25 @@ struct FloatScale {
   }
 };
 
+template <class V>
+INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class T>
+INLINE T largest(typename Vector<T>::type x) {
+  typedef T Half __attribute__((vector_size(32)));
+  typedef T Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  const Half half = larger(halves[0], halves[1]);
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof half);
+  const Quarter quarter = larger(quarters[0], quarters[1]);
+  T most = quarter[0];
+  for (int i = 1; i < 16 / static_cast<int>(sizeof(T)); i++) most = std::max(most, quarter[i]);
+  return most;
+}
+
 // A row of T (float, or double for double logits), contiguous. The last chunk is read from a copy that -inf fills up.
 template <class T>
 struct Row {
@@ -138,25 +157,25 @@ template <class T>
 INLINE Extremes extremes(const Row<T>& row, T* maxima) {
   using V = typename Vector<T>::type;
   const V none = Vector<T>::fill(0) - T(infinite);
-  decltype(none > none) nan = {}, finite = {};
+  using Bits = decltype(none > none);
+  Bits finite = {};
+  V nan = {};
   Extremes found = {-infinite, 0, false};
   for (int64_t c = 0; c < row.chunks(); c++) {
     const T* from = row[c];
     V best[2] = {none, none};
+#pragma GCC unroll 1
     for (int i = 0; i < chunk; i += 2 * Vector<T>::lanes)
       for (int j = 0; j < 2; j++) {
         const V x = Vector<T>::load(from + i + j * Vector<T>::lanes);
-        best[j] = x > best[j] ? x : best[j];
-        nan |= x != x;
+        best[j] = larger(x, best[j]);
+        nan = x == x ? nan : x;  // `nan |= x != x` is compiled into a loop over the lanes
         finite -= x > none;
       }
-    best[0] = best[0] > best[1] ? best[0] : best[1];
-    T top = best[0][0];
-    for (int i = 1; i < Vector<T>::lanes; i++) top = best[0][i] > top ? best[0][i] : top;
-    maxima[c] = top;
+    const T top = maxima[c] = largest<T>(larger(best[0], best[1]));
     found.top = std::max(found.top, static_cast<double>(top));
   }
-  for (int i = 0; i < Vector<T>::lanes; i++) found.nan |= nan[i] != 0, found.finite += finite[i];
+  for (int i = 0; i < Vector<T>::lanes; i++) found.nan |= nan[i] != nan[i], found.finite += finite[i];
   return found;
 }
 
