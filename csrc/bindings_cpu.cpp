@@ -16,4 +16,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("logprobs_backward", &cpu::logprobs_backward, no_gil());
   m.def("ppo_loss", &cpu::ppo_loss, no_gil());
   m.def("ppo_loss_backward", &cpu::ppo_loss_backward, no_gil());
+  m.def("sample", &cpu::sample, no_gil());
 }

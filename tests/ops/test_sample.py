@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import (
@@ -32,6 +32,8 @@ SETTINGS = [
     {"temperature": 1.5, "top_p": 0.99},
     {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
 ]
+#: How near to a boundary of the CDF the uniform must be for a kernel to be free to draw the token beyond it.
+BOUND = {torch.float32: 2.0**-20, torch.float64: 2.0**-40}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -233,15 +235,16 @@ def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
     assert whole.kept[[1, 4, 5]].tolist() == [1, 1, 1]
 
 
-def test_threads_change_no_bit():
+@pytest.mark.parametrize("given", [{}, {"top_p": 0.9}, {"top_k": 50, "min_p": 0.01}], ids=str)
+def test_threads_change_no_bit(run, device, given):
     # Tensor.sum of one long row adds in another order than of many, once there is more than one thread.
-    logits, seeds = rows((6, 40001), torch.float64, seed=13), torch.arange(6)
-    before, expected = torch.get_num_threads(), sample(logits, top_p=0.9, seeds=seeds)
+    logits, seeds = rows((6, 9001), torch.float64, seed=13), torch.arange(6)
+    before, expected = torch.get_num_threads(), call(run, device, logits, seeds, **given)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            whole = sample(logits, top_p=0.9, seeds=seeds)
-            alone = [sample(logits[i : i + 1], top_p=0.9, seeds=seeds[i : i + 1]) for i in range(6)]
+            whole = call(run, device, logits, seeds, **given)
+            alone = [call(run, device, logits[i : i + 1], seeds[i : i + 1], **given) for i in range(6)]
             for field, theirs in enumerate(expected):
                 assert torch.equal(whole[field], theirs)
                 assert torch.equal(torch.cat([out[field] for out in alone]), theirs)
@@ -252,10 +255,106 @@ def test_threads_change_no_bit():
 def test_chunks_of_rows_change_no_bit():
     size = CHUNK // 3 + 1  # three rows do not fit at once
     logits = rows((5, 64), seed=14).repeat(1, size // 64 + 1)[:, :size]
-    whole = sample(logits, temperature=0.8, seeds=torch.arange(5))
+    keys, temperature = torch.arange(5), torch.full((5,), 0.8, dtype=torch.float64)
+    whole = reference(logits, keys, keys, temperature)
     for row in (1, 4):
-        alone = sample(logits[row : row + 1], temperature=0.8, seeds=torch.tensor([row]))
+        alone = reference(*(x[row : row + 1] for x in (logits, keys, keys, temperature)))
         assert all(torch.equal(a[row : row + 1], b) for a, b in zip(whole, alone, strict=True))
+
+
+PATTERNS = {
+    "normal": lambda x: x,
+    "ties": lambda x: (x * 2).round() / 2,
+    "equal": lambda x: x * 0 + 1.5,
+    "nearly equal": lambda x: 3 + x * 1e-6,
+    "half forbidden": lambda x: torch.where(x > 0, x, -math.inf),
+    "one far above": lambda x: torch.where(torch.arange(x.shape[1]) == 700, 60.0, x),
+    "rising": lambda x: torch.linspace(-9, 9, x.shape[1]).to(x).expand_as(x),
+    "two heaps": lambda x: torch.where(x > 1, 1e-3 * x, 1e-3 * x - 12),
+}
+
+
+@pytest.mark.parametrize("given", [*SETTINGS, {"top_k": 700}, {"top_k": 3000, "top_p": 0.6}, {"min_p": 1e-7},
+                                   {"top_p": 0.999999}, {"top_p": 0.9, "min_p": 0.4}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern, given):
+    """Several chunks of tokens, more than are sorted at once, and a pruning that finds nothing to prune."""
+    logits = PATTERNS[pattern](rows((3, 20011), seed=30))
+    ours, theirs = (call(form, where, logits, **given) for form, where in ((run, device), (reference, "cpu")))
+    for field in ("ids", "kept", "status"):
+        assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
+    for field in ("logprobs", "policy_logprobs", "kept_logmass", "entropy"):
+        assert torch.allclose(getattr(ours, field), getattr(theirs, field), atol=2e-6), field
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_1000_rows_keep_what_transformers_keeps(run, device, given):
+    logits = rows((1000, 301), torch.float64, seed=31)
+    keeps = transformers_scores(logits, **given) > -math.inf
+    out = call(run, device, logits, **given)
+    assert torch.equal(out.kept, keeps.sum(1))
+    assert bool(keeps.gather(1, out.ids[:, None]).all())
+    mass = ((logits / given.get("temperature", 1.0)).softmax(1) * keeps).sum(1)
+    assert torch.allclose(out.kept_logmass, mass.log(), atol=1e-12)
+
+
+def cumulative(logits, **given):
+    """Cumulative probabilities of the filtered row ``[1, V]``, in float64."""
+    return transformers_scores(logits, **given)[0].double().softmax(0).cumsum(0)
+
+
+@pytest.mark.parametrize("given", [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
+@pytest.mark.parametrize(("size", "draws"), [(40, 20000), (1003, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given):
+    logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
+    u = uniform(seeds, torch.zeros_like(seeds))
+    out = call(run, device, logits.expand(draws, size), seeds, **given)
+    reached = cumulative(logits.double(), **given)
+    near = (reached - u[:, None]).abs().amin(1) < BOUND[dtype]  # may fall on either side
+    assert near.sum() <= (10 if dtype == torch.float32 else 0)
+    assert torch.equal(out.ids[~near], torch.searchsorted(reached, u, right=True)[~near])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [2, 700])
+def test_across_a_boundary_of_the_cdf(run, device, size, dtype):
+    """The bound that the kernels state: only a uniform nearer than that to a boundary may fall on its other side."""
+    seeds = torch.arange(100) + 5
+    u, shape = uniform(seeds, torch.zeros_like(seeds)), (len(seeds), size)
+    later = (torch.arange(size) * 2 >= size).expand(shape)
+    logits = rows(shape, torch.float64, seed=33)
+    odds = logits.masked_fill(~later, -math.inf).logsumexp(1) - logits.masked_fill(later, -math.inf).logsumexp(1)
+    differ = 0
+    bound = int(math.log2(BOUND[dtype]))
+    for exponent in (-12, bound + 1, bound - 12):
+        for sign in (-1, 1):
+            boundary = u + sign * 2.0**exponent  # where the first half of the tokens shall end
+            there = logits + later * ((1 - boundary).log() - boundary.log() - odds)[:, None]
+            there = there.to(dtype)
+            boundary = torch.where(later, 0, there.double().softmax(1)).sum(1)  # where they do
+            decided = ((boundary - u).abs() > BOUND[dtype]) & ((boundary > u) == (sign > 0))
+            ours, theirs = (call(form, where, there, seeds).ids
+                            for form, where in ((run, device), (reference, "cpu")))  # fmt: skip
+            assert bool(((ours >= size // 2) == (sign < 0))[decided].all())
+            assert bool(((theirs >= size // 2) == (sign < 0))[decided].all())
+            assert int(decided.sum()) >= (90 if exponent > bound else 0)
+            differ += int((ours != theirs).sum())
+    assert differ <= 2 * len(seeds)
+
+
+def test_the_tail_at_a_logit_gap_of_18(run, device):
+    # vllm#51367: 24-bit uniforms never reach the last of it. Of 2^20 seeds those whose uniform lies in the tail.
+    logits = torch.zeros(1, 4001)
+    logits[0, 0] = 18.0
+    seeds = torch.arange(1 << 20)
+    u = uniform(seeds, torch.zeros_like(seeds))
+    reached = cumulative(logits)
+    seeds, u = seeds[u > reached[0]], u[u > reached[0]]
+    assert 40 < len(seeds) < 90  # 2^20 * 4000 * e^-18 = 63.9
+    out = call(run, device, logits.expand(len(seeds), 4001), seeds)
+    assert torch.equal(out.ids, torch.searchsorted(reached, u, right=True))
+    assert torch.allclose(out.logprobs, torch.tensor(-18.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 1), (1, 2), (2, 31)])
@@ -309,10 +408,15 @@ def test_argmax(run, device):
 
 def test_a_temperature_that_overflows_takes_the_likeliest(run, device):
     logits = torch.tensor([[1.0, 5.0, 2.0], [-1.0, -7.0, -2.0], [0.0, -1.0, -2.0]])
-    out = call(run, device, logits, temperature=1e-44)
-    assert out.ids.tolist() == [1, 0, 0]
-    assert out.status.tolist() == [0, 0, 0]
-    assert out.logprobs.tolist() == [0, 0, 0]
+    for given in (
+        {"temperature": 1e-44},
+        {"temperature": 1e-50},
+        {"temperature": 1e-50, "top_k": 1},
+    ):  # 1e-50: float32 0
+        out = call(run, device, logits, **given)
+        assert out.ids.tolist() == [1, 0, 0]
+        assert out.status.tolist() == [0, 0, 0]
+        assert out.logprobs.tolist() == [0, 0, 0]
 
 
 def test_one_bad_row_leaves_the_others_alone(run, device):
@@ -460,7 +564,8 @@ def test_one_bias_for_all_rows():
 def plain(row, u, temperature, top_k, top_p, min_p):
     """The rules in Python floats: (id, logprob, how many kept)."""
     z = [x / temperature for x in row]
-    weights = [math.exp(x - max(z)) for x in z]
+    z = [x - max(z) for x in z]  # as in softmax, where what differs by next to nothing ties
+    weights = [math.exp(x) for x in z]
     keep = set(range(len(z)))
     if 0 < top_k < len(z):
         keep = {i for i in keep if z[i] >= sorted(z)[-top_k]}
@@ -480,7 +585,7 @@ def plain(row, u, temperature, top_k, top_p, min_p):
     return i, math.log(weights[i] / total), len(keep)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @drawn(
     row=st.lists(st.floats(-9, 9), min_size=1, max_size=25),
     temperature=st.floats(0.2, 3),
@@ -489,10 +594,10 @@ def plain(row, u, temperature, top_k, top_p, min_p):
     min_p=st.floats(0, 1),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-def test_any_row_against_plain_python(row, temperature, top_k, top_p, min_p, seed):
+def test_any_row_against_plain_python(run, device, row, temperature, top_k, top_p, min_p, seed):
     logits, seeds = torch.tensor([row], dtype=torch.float64), torch.tensor([seed])
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    out = sample(logits, seeds=seeds, **given)
+    out = call(run, device, logits, seeds, **given)
     u = float(uniform(seeds, torch.zeros_like(seeds)))
     around = [plain(row, x, temperature, top_k, top_p + y, min_p) for x in (u - 1e-12, u, u + 1e-12)
               for y in (-1e-12, 0, 1e-12)]  # fmt: skip

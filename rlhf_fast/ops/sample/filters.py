@@ -74,8 +74,8 @@ def greedy(
     """Rows that take the likeliest token, ``[B]``."""
     rows = torch.zeros_like(top, dtype=torch.bool)
     if temperature is not None:
-        # A temperature so small that the largest logit overflows is as good as 0.
-        rows = (temperature == 0) | (torch.isinf(divided(top, temperature)) & torch.isfinite(top))
+        # A temperature so small that it is 0 in the scores' precision, or the largest logit overflows, is as good as 0.
+        rows = (temperature.to(top.dtype) == 0) | (torch.isinf(divided(top, temperature)) & torch.isfinite(top))
     return rows if top_p is None else rows | (top_p <= 0)
 
 
