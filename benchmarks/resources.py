@@ -72,6 +72,12 @@ LOGPROBS_VARIANTS = (
     (torch.float64, torch.int64, None, True),
 )
 
+
+def long_gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
+    """Few and long sequences, which are split."""
+    return gae_call(dtype, holes, offsets, 8192 + length)
+
+
 def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strided: bool, length: int) -> list:
     """Arguments of the Triton function ``ppo_loss``; ``given`` has a letter for each optional tensor that is there."""
 
@@ -98,6 +104,10 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float64, "skip", "packed int64", torch.int64),
             (torch.float64, "zero", "padded", None),
         )
+    }
+    | {
+        "float32 skip long": partial(long_gae_call, torch.float32, "skip", None),
+        "float32 zero long packed": partial(long_gae_call, torch.float32, "zero", torch.int64),
     },
     **{
         op: {

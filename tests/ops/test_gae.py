@@ -351,3 +351,47 @@ def test_offsets_that_do_not_rise_from_0_to_n(name, offsets):
         pytest.skip(NOT_BUILT)
     with pytest.raises(ValueError, match="gae: cu_seqlens must rise from 0 to N = 6"):
         IMPLEMENTATIONS["gae"][name](*case((6,)), None, torch.tensor(offsets))
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS["gae"], reason="triton is not installed")
+@pytest.mark.parametrize("holes", HOLES)
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [((2, 16.1), None), ((1, 18), None), ((17.5,), [0, 17.5]), ((19,), [0.1, 1, 1, 17.3, 18.7])],  # in chunks
+)
+def test_splitting_long_sequences_changes_no_bit_in_triton(monkeypatch, shape, offsets, holes):
+    """A program per chunk, in three launches, against a program per sequence."""
+    from rlhf_fast.triton_kernels import gae as kernels
+
+    device, chunk = ("cuda", kernels.BLOCK_T) if torch.cuda.is_available() else ("cpu", 32)
+    monkeypatch.setattr(kernels, "BLOCK_T", chunk)
+    shape = (*shape[:-1], int(shape[-1] * chunk))
+    offsets = None if offsets is None else [int(x * chunk) for x in offsets]
+    rewards, values, mask = case(shape, seed=7)
+    mask[..., -3 * chunk // 2 :] = False  # more padding than a chunk
+    mask[..., 2 * chunk : 6 * chunk] = True  # chunks with and without holes
+    rewards, values = rewards.nan_to_num(0, 0, 0), values.nan_to_num(0, 0, 0)
+    cu_seqlens = None if offsets is None else torch.tensor(offsets, device=device)
+    last = torch.linspace(-1, 1, shape[0] if offsets is None else len(offsets) - 1, device=device)
+    inputs = [x.to(device) for x in (rewards, values, mask)]
+    found = []
+    assert kernels.few_and_long(len(last), shape[-1], mask.numel())
+    for split in (True, False):
+        monkeypatch.setattr(kernels, "few_and_long", lambda *_, split=split: split)
+        outputs = [torch.full(shape, torch.nan, device=device) for _ in range(2)]
+        kernels.gae(*inputs, last, cu_seqlens, 0.99, 0.95, holes, *outputs)
+        found.append(outputs)
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+        assert not a[..., :chunk].eq(0).all()
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS["gae"], reason="triton is not installed")
+def test_few_and_long_sequences_are_split_in_triton():
+    from rlhf_fast.triton_kernels.gae import few_and_long
+
+    assert few_and_long(1, 2**20, 2**20)
+    assert few_and_long(64, 8192, 64 * 8192)
+    assert not few_and_long(64, 1024, 64 * 1024)
+    assert not few_and_long(4096, 8192, 4096 * 8192)
+    assert not few_and_long(0, 0, 0)
