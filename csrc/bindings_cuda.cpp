@@ -14,6 +14,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("device_count", &cuda::device_count, no_gil());
   m.def("gae", &cuda::gae, "rewards"_a, "values"_a, "mask"_a, "last_values"_a, "cu_seqlens"_a, "gamma"_a, "lam"_a,
         "holes"_a, "advantages"_a, "returns"_a, "device"_a = 0, "stream"_a = 0, no_gil());
+  m.def("kl", &cuda::kl, "logits"_a, "ref_logits"_a, "ids"_a, "mask"_a, "temperature"_a, "kl"_a, "logprobs"_a,
+        "ref_logprobs"_a, "entropy"_a, "lse"_a, "ref_lse"_a, "device"_a = 0, "stream"_a = 0, no_gil());
+  m.def("kl_backward", &cuda::kl_backward, "grad_kl"_a, "grad_logprobs"_a, "grad_entropy"_a, "logits"_a, "ref_logits"_a,
+        "kl"_a, "entropy"_a, "lse"_a, "ref_lse"_a, "ids"_a, "mask"_a, "temperature"_a, "grad"_a, "device"_a = 0,
+        "stream"_a = 0, no_gil());
   m.def("logprobs", &cuda::logprobs, "logits"_a, "ids"_a, "mask"_a, "temperature"_a, "softcap"_a, "logprobs"_a,
         "entropy"_a, "lse"_a, "device"_a = 0, "stream"_a = 0, no_gil());
   m.def("logprobs_backward", &cuda::logprobs_backward, "grad_logprobs"_a, "grad_entropy"_a, "grad_lse"_a, "logits"_a,

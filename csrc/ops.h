@@ -56,6 +56,11 @@ namespace cuda {
 int device_count();  // 0 where there is no driver
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns, int device, uintptr_t stream);
+void kl(View logits, View ref_logits, View ids, View mask, double temperature, View kl, View logprobs,
+        View ref_logprobs, View entropy, View lse, View ref_lse, int device, uintptr_t stream);
+void kl_backward(View grad_kl, View grad_logprobs, View grad_entropy, View logits, View ref_logits, View kl,
+                 View entropy, View lse, View ref_lse, View ids, View mask, double temperature, View grad, int device,
+                 uintptr_t stream);
 void logprobs(View logits, View ids, View mask, double temperature, std::optional<double> softcap, View logprobs,
               View entropy, View lse, int device, uintptr_t stream);
 void logprobs_backward(View grad_logprobs, View grad_entropy, View grad_lse, View logits, View ids, View entropy,

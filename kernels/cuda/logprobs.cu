@@ -56,14 +56,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
 }
 
 template <class A>
-struct Numbers {  // one per row
-  const A* data;
-  RowOffsets at;
-  explicit Numbers(const View& view) : data(view.as<const A>()), at(view, view.dims) {}
-  __device__ A operator[](int64_t row) const { return data[at[row]]; }
-};
-
-template <class A>
 struct Upstream {
   Numbers<A> logprobs, entropy, lse, row_entropy, row_lse;
 };

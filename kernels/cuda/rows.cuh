@@ -181,6 +181,14 @@ struct Softmax {
   __device__ A entropy() const { return log(total) - dot / total; }
 };
 
+template <class A>
+struct Numbers {  // one per row
+  const A* data;
+  RowOffsets at;
+  explicit Numbers(const View& view) : data(view.as<const A>()), at(view, view.dims) {}
+  __device__ A operator[](int64_t row) const { return data[at[row]]; }
+};
+
 // ids and mask of all rows, on the device.
 struct DeviceChoices {
   const void* ids;
