@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -23,6 +24,8 @@ class CMakeBuild(build_ext):
         package = root if self.inplace else Path(self.build_lib).resolve()
         build = (Path(self.build_temp) / "cmake").resolve()
         environment = dict(os.environ)
+        # cmake and ninja may be installed beside a Python whose folder is not on the PATH.
+        environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), str(Path(sys.executable).parent)])
         if "CUDACXX" not in environment and "CUDA_HOME" in environment:
             environment["CUDACXX"] = str(Path(environment["CUDA_HOME"]) / "bin" / "nvcc")
         options = [
@@ -49,6 +52,8 @@ class CMakeBuild(build_ext):
         return [str(path) for path in Path(self.build_lib).glob("rlhf_fast/_c*.so")]
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools {setuptools.__version__} cannot read the licence in pyproject.toml: 77 or newer is needed")
 if os.environ.get("RLHF_FAST_CPP", "ON").upper() in ("OFF", "0", "FALSE"):
     setup()
 else:

@@ -5,7 +5,7 @@ a plain one, at 512 x 1024 at least 60 and 25 times, and within 3 times a copy o
 """
 
 import torch
-from harness import device_name, interleave, save, table
+from harness import device_name, devices, interleave, save, table
 from torch import Tensor
 
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -71,8 +71,7 @@ def measure(batch: int, tokens: int, device: str, *, packed: bool = False) -> di
 
 def main() -> None:
     torch.manual_seed(0)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in devices():
         shapes = [(64, 1024), (512, 1024)] + ([(4096, 8192)] if device == "cuda" else [(64, 8192)])
         rows = [measure(batch, tokens, device) for batch, tokens in shapes]
         rows.append(measure(1, 2**20, device, packed=True))

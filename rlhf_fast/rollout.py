@@ -83,13 +83,14 @@ class Rollout:
 
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU, without the columns that all of them pad."""
+        at = rows.to(self.mask.device, non_blocking=True)
         first = self.prompt_ids.shape[1] - int(self.prompt_lengths[rows].max())
         end = int(self.lengths[rows].max())
         chosen: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                taken = value[rows.to(value.device)]
+                taken = value[at if value.device == at.device else rows]
                 if field.name in ("prompt_ids", "prompt_mask"):
                     taken = taken[:, first:]
                 chosen[field.name] = taken[:, :end] if field.name in PER_TOKEN and taken.dim() == 2 else taken

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import accelerate_on
 
 from rlhf_fast.demo import DemoConfig, evaluate, grammar, judge, run_demo, stages
 from rlhf_fast.demo.config import quick
@@ -13,6 +14,13 @@ from rlhf_fast.demo.rules import DOMAINS
 
 MOODS = st.sampled_from(sorted(grammar.MOODS))
 PROMPTS = st.sampled_from(grammar.prompts("train"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """The same seed gives the same bits on a CPU; a GPU adds up in any order."""
+    with accelerate_on("cpu"):
+        yield
 
 
 def text(review):

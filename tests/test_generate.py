@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import accelerate_on, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rlhf_fast.data import pad
 from rlhf_fast.generate import decode, generate, stop_tokens
@@ -12,6 +12,13 @@ TOKENIZER = tiny_tokenizer()
 PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
 PROMPTS = ["the movie was", "I like this very good plot", "a"]
 MODELS = {"gpt2": tiny_gpt2(TOKENIZER, seed=1), "llama": tiny_llama(TOKENIZER, seed=1)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """A model that is loaded from a folder goes where the others here are."""
+    with accelerate_on("cpu"):
+        yield
 
 
 def batch(prompts=PROMPTS, extra=0):

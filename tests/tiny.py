@@ -1,5 +1,9 @@
 """Tiny models and tokenizers for the tests: random weights, built in code, nothing downloaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 WORDS = "the a good bad movie was is not very fun dull I like hate this plot and great awful Human Bot"
@@ -8,6 +12,23 @@ CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@contextmanager
+def accelerate_on(device: str) -> Iterator[None]:
+    """Let Accelerate, and so the trainers and ``generate``, choose ``device`` whatever this machine has.
+
+    Accelerate chooses once per process: what it chose is forgotten before and after.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_TORCH_DEVICE", device)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_tokenizer(pad_is_eos=False, *, chat=False, bos=False):

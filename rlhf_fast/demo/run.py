@@ -50,14 +50,14 @@ def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]
     ):
         stages.finetune(config, folder)
     tokenizer = models.load_tokenizer(str(folder / "sft"))
-    sft = models.load_policy(str(folder / "sft"))
+    sft = _load(folder / "sft")
     with clock.stage("reward", f"2/3 reward model on {config.pairs:,} pairs, labelled with noise"):
         reward = stages.learn_reward(config, folder, sft, tokenizer)
     with clock.stage("ppo", f"3/3 PPO against the reward model, {config.ppo_steps} steps"):
         stages.optimise(config, folder)
     asked = prompts("held_out")[: config.held_out_prompts]
     with clock.stage("evaluate", f"the gold judge reads the answers to {len(asked)} held-out prompts"):
-        judged = evaluate.compare_models(config, sft, models.load_policy(str(folder / "ppo")), tokenizer, asked)
+        judged = evaluate.compare_models(config, sft, _load(folder / "ppo"), tokenizer, asked)
     figures = judged["figures"] | evaluate.reward_figures(reward)
     held = evaluate.verdicts(figures)
     results = {
@@ -85,6 +85,13 @@ def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]
         for i, prompt in enumerate(asked[:SHOWN])
     ]
     return results, samples
+
+
+def _load(folder: Path) -> Any:
+    """The policy in ``folder``, on the device that the trainers use."""
+    from accelerate import PartialState
+
+    return models.load_policy(str(folder)).to(PartialState().device)
 
 
 class _Clock:
@@ -121,7 +128,9 @@ def _settings(config: DemoConfig) -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """Processor, threads, versions and which implementation served the ops."""
-    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    from accelerate import PartialState
+
+    device = "CUDA" if PartialState().device.type == "cuda" else "CPU"
     ops = [name for name in dispatch.IMPLEMENTATIONS if not name.endswith("_backward")]
     return {
         "processor": torch.cuda.get_device_name() if device == "CUDA" else _processor(),

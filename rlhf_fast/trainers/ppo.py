@@ -236,10 +236,10 @@ class PPOTrainer:
 
     def accumulate(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch."""
-        tokens = rollout.mask[rows.to(self.device)].sum()
+        tokens = rollout.mask[rows.to(self.device, non_blocking=True)].sum()
         total: dict[str, Tensor] = {}
         for some in rows.split(self.forward_size):
-            part, at = rollout.select(some), some.to(self.device)
+            part, at = rollout.select(some), some.to(self.device, non_blocking=True)
             end = part.mask.shape[1]
             loss, stats = self.loss(part, advantages[at, :end], returns[at, :end], tokens)
             self.accelerator.backward(loss)

@@ -246,9 +246,11 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
+    # Its own word for it, which names the CUDA that it was built with; the metadata of a wheel may not.
+    known = {"torch": str(torch.__version__)}
     for package in ("rlhf-fast", "torch", "transformers", "numpy", "triton"):
         try:
-            found[package] = version(package)
+            found[package] = known.get(package) or version(package)
         except PackageNotFoundError:
             found[package] = "absent"
     return found
