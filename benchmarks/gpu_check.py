@@ -56,7 +56,7 @@ def tests() -> Step:
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
     if find_spec("pytest_timeout"):
         command += ["--timeout", "120"]
-    return Step("tests", command, 270)
+    return Step("tests", command, 240)
 
 
 def sanitizers() -> list[Step]:

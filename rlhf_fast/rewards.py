@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from rlhf_fast.data import encode, pad
 from rlhf_fast.losses import kl_estimate
-from rlhf_fast.models import context_length, evaluating, load_scalar_model, load_tokenizer, sequence_scores, unwrap
+from rlhf_fast.models import (
+    check_tokens,
+    context_length,
+    evaluating,
+    load_scalar_model,
+    load_tokenizer,
+    sequence_scores,
+    unwrap,
+)
 from rlhf_fast.ops.checks import FLOATS, check_choice, check_tensor
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.pretrained import is_scalar, read_config
@@ -127,7 +135,10 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
-        """``[B]`` scores, float32, on the model's device. Raises ``ValueError`` where a text exceeds its context."""
+        """``[B]`` scores, float32, on the model's device.
+
+        Raises ``ValueError`` where a text exceeds its context or has a token that the model does not know.
+        """
         limit, device = context_length(self.model), next(self.model.parameters()).device
         texts = []
         for prompt, response in zip(prompts, responses, strict=True):
@@ -137,6 +148,7 @@ class ModelReward:
                     f"the reward model's context of {limit} tokens is too short for a prompt and response of "
                     f"{len(texts[-1])}: {_short(prompt)}"
                 )
+        check_tokens(self.model, self.tokenizer, texts)  # on a GPU an unknown token ends the process
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = torch.zeros(len(texts), device=device)
         with evaluating(self.model):

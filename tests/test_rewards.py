@@ -178,6 +178,11 @@ def test_what_is_no_reward(tmp_path):
     with pytest.raises(ValueError, match="context of 5 tokens is too short for a prompt and response of 7: 'the movie"):
         short(PROMPTS, RESPONSES)
 
+    small = tiny_gpt2(TOKENIZER)
+    small.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match=r"the tokenizer's token \d+ is none of the model's 100"):
+        load_reward(load_scalar_model(small), TOKENIZER)(PROMPTS, RESPONSES)
+
     def judge(prompts, responses, **columns):
         return [len(r) for r in responses]
 

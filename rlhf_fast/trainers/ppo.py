@@ -134,7 +134,8 @@ class PPOTrainer:
         rooms += [] if c.max_prompt_length is None else [c.max_prompt_length]
         limits = {"max_length": min(rooms, default=None), "overlong": c.overlong}
         examples = data.prompt_examples(records, self.tokenizer, **limits)
-        models.check_tokens(self.policy, self.tokenizer, (example.ids for example in examples))
+        for model in readers:
+            models.check_tokens(model, self.tokenizer, (example.ids for example in examples))
         return examples
 
     def train(self) -> dict[str, float]:

@@ -548,6 +548,16 @@ def test_a_frozen_policy_or_critic_is_refused():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("role", ["critic", "reference"])
+def test_a_model_that_lacks_the_tokens_of_the_policy_is_refused(role):
+    tokenizer = tiny_tokenizer()
+    small = tiny_gpt2(tokenizer)
+    small.resize_token_embeddings(100)
+    given = {"reward": length_score, "prompts": [{"prompt": "the movie"}], "tokenizer": tokenizer, role: small}
+    with pytest.raises(ValueError, match=r"the tokenizer's token \d+ is none of the model's 100"):
+        PPOTrainer(tiny_gpt2(tokenizer), **given)
+
+
 def test_a_minibatch_larger_than_the_batch_is_refused():
     with pytest.raises(ValueError, match=r"PPOConfig.minibatch_size 16 exceeds batch_size 4"):
         PPOConfig(batch_size=4)
