@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import rlhf_fast.ops  # noqa: E402, F401
@@ -20,6 +21,10 @@ from rlhf_fast import dispatch  # noqa: E402
 
 # The tensors here are small: a second thread costs more than it brings. Tests of threads ask for theirs.
 torch.set_num_threads(1)
+
+# The same examples in every run: a failure is the change's, and shows again.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 
 CUDA_SOURCES = Path(__file__).parent.parent / "kernels" / "cuda"
 
