@@ -7,7 +7,7 @@ torch.compile. On the CPU there is no number to meet; the same ratios are printe
 from collections.abc import Callable
 
 import torch
-from harness import device_name, interleave, save, table
+from harness import device_name, devices, interleave, save, table
 from torch import Tensor
 
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -64,8 +64,7 @@ def measure(rows: int, size: int, dtype: torch.dtype, device: str, *, backward: 
 
 def main() -> None:
     torch.manual_seed(0)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in devices():
         rows, size = (8192, 151936) if device == "cuda" else (256, 151936)
         results = []
         for backward in (False, True):

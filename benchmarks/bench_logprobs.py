@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import device_name, interleave, save, table
+from harness import device_name, devices, interleave, save, table
 from torch import Tensor
 
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -106,8 +106,7 @@ def measure(rows: int, size: int, dtype: torch.dtype, device: str, *, backward: 
 
 def main() -> None:
     torch.manual_seed(0)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in devices():
         shapes = [(256, 151936)] if device == "cpu" else [(8192, 151936), (8192, 32000)]
         cases = [(rows, size, dtype) for rows, size in shapes for dtype in (torch.float32, torch.bfloat16)]
         forward = [measure(*case, device, backward=False) for case in cases]

@@ -5,7 +5,7 @@ The gradient is made in the forward; the backward scales it.
 """
 
 import torch
-from harness import device_name, interleave, save, table
+from harness import device_name, devices, interleave, save, table
 from torch import Tensor
 
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -84,7 +84,7 @@ def measure(batch: int, tokens: int, device: str) -> dict:
 
 def main() -> None:
     torch.manual_seed(0)
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+    for device in devices():
         rows = [measure(batch, tokens, device) for batch, tokens in ((16, 512), (64, 1024), (512, 2048))]
         table(f"ppo_loss on {device_name(device)}, float32, medians of interleaved runs", rows)
         print(f"written to {save('ppo_loss', device, rows)}")

@@ -8,7 +8,7 @@ alone. On a GPU: within 3 times the time to read the logits once, 1.3 times with
 from importlib.util import find_spec
 
 import torch
-from harness import device_name, interleave, save, table
+from harness import device_name, devices, interleave, save, table
 from torch import Tensor
 
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -92,7 +92,7 @@ def measure(name: str, batch: int, size: int, dtype: torch.dtype, device: str) -
 
 def main() -> None:
     torch.manual_seed(0)
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+    for device in devices():
         shapes = [(32, 128256)] if device == "cpu" else [(8, 131072), (128, 131072), (512, 131072)]
         rows = [measure(name, *shape, torch.float32, device) for shape in shapes for name in SETTINGS]
         rows += [measure(name, *shapes[0], torch.bfloat16, device) for name in SETTINGS]
