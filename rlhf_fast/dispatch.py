@@ -13,7 +13,6 @@ allocated. A Triton kernel gets tensors; a compiled one gets ``(address, dtype c
 """
 
 import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -216,4 +215,3 @@ FINDERS: dict[str, Callable[[str], Callable | str]] = {
     "cuda": _compiled("_cuda"),
     "triton": _triton,
 }
-assert sys.byteorder == "little"
