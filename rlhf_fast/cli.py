@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_fast.flags import Parser, Sources, settings, suggestion
 from rlhf_fast.trainers.options import option, validate
+from rlhf_fast.trainers.run import check_folder
 
 COMMANDS = {
     "sft": "teach a language model from demonstrations",
@@ -25,6 +26,7 @@ COMMANDS = {
 }
 MODEL = "a folder or a Hub id"
 FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
+RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
 #: command → what it works on.
 SOURCES: dict[str, Sources] = {
     "sft": {
@@ -33,6 +35,7 @@ SOURCES: dict[str, Sources] = {
         "eval_data": ("held-out demonstrations", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/sft"),
+        "resume": RESUME,
     },
     "reward": {
         "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
@@ -40,6 +43,7 @@ SOURCES: dict[str, Sources] = {
         "eval_data": ("held-out pairs", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/reward"),
+        "resume": RESUME,
     },
     "ppo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
@@ -49,6 +53,7 @@ SOURCES: dict[str, Sources] = {
         "critic": (f"the model that the critic starts from: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/ppo"),
+        "resume": RESUME,
     },
     "generate": {
         "model": (f"the model that writes: {MODEL}", ...),
@@ -156,9 +161,11 @@ def run_command(name: str, argv: list[str]) -> None:
         importlib.import_module("rlhf_fast.demo").run_demo(config)
     else:
         trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
+        resume = sources.pop("resume")
+        check_folder(sources["output_dir"], run=resume)  # before the models are loaded
         if name == "ppo":
             sources["reward"] = reward_function(sources["reward"])
-        trainer(sources.pop("model"), **sources, config=config).train()
+        trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
 
 
 def quieten() -> None:

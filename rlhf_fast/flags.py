@@ -44,8 +44,9 @@ def settings(name: str, what: str, accepted: Sources, config: type, argv: list[s
             raise ValueError(f"{name} needs --{source}")
         if value == "":
             raise ValueError(f"--{source} is empty")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{path}: {source} must be a string, got {value!r}")
+        if value is not None and not isinstance(value, bool if isinstance(default, bool) else str):
+            kind = "true or false" if isinstance(default, bool) else "a string"
+            raise ValueError(f"{path}: {source} must be {kind}, got {value!r}")
     try:
         return sources, config(**values)
     except ValueError as error:
@@ -73,8 +74,11 @@ def make_parser(
     keep = {"default": argparse.SUPPRESS}
     parser.add_argument("--config", metavar="FILE", help="a YAML file of any of these flags; flags win over it", **keep)
     for source, (words, default) in accepted.items():
-        ending = " (required)" if default is ... else f" [{default}]" if default else ""
-        parser.add_argument(f"--{source}", metavar="X", help=words + ending, **keep)
+        ending = " (required)" if default is ... else "" if default is None else f" [{default}]".lower()
+        switch = {"type": value_parser(bool, False), "metavar": "BOOL"}
+        parser.add_argument(
+            f"--{source}", help=words + ending, **(switch if isinstance(default, bool) else {"metavar": "X"}), **keep
+        )
     for field in dataclasses.fields(config):
         choices = field.metadata.get("choices")
         metavar = "|".join(map(str, choices)) if choices else parsers[field.name].__name__.upper()

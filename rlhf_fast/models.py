@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer, silent
+from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer, unwrap
+from rlhf_fast.pretrained import restore as restore
+from rlhf_fast.pretrained import save as save
 
 NOISE = re.compile(r"drop|jitter")
 
@@ -198,21 +200,6 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``."""
-    from safetensors import SafetensorError
-
-    inner = unwrap(model)
-    if getattr(inner.config, "pad_token_id", None) is None:
-        inner.config.pad_token_id = tokenizer.pad_token_id
-    try:
-        with silent():
-            inner.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
-
-
 def context_length(model: Any) -> int | None:
     """The most tokens that ``model`` was made for, or None where it has no such limit."""
     config = unwrap(model).config
@@ -235,13 +222,6 @@ def check_tokens(model: Any, tokenizer: Any, sequences: Iterable[list[int]]) -> 
     highest = max(tokenizer.pad_token_id, max((max(ids) for ids in sequences if ids), default=0))
     if highest >= rows:
         raise ValueError(f"the tokenizer's token {highest} is none of the model's {rows}: it belongs to another model")
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model inside of torch.compile's, DistributedDataParallel's or PEFT's wrapper."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def accepts(model: Any) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Reading a model or tokenizer from a folder or the Hub: what is wrong with a path is said in one sentence.
+"""Models and tokenizers from and to folders, or from the Hub: what is wrong with a path is said in one sentence.
 
 Pickled weights are refused: unpickling runs whatever code the file holds.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 SCALAR = "ForSequenceClassification"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -122,3 +123,32 @@ def _check_is_folder(source: str | Path, what: str) -> None:
         raise ValueError(f"{source} holds no {what}: there is no such folder")
     if not folder.is_dir():
         raise ValueError(f"{source} holds no {what}: it is a file, not a folder")
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``."""
+    from safetensors import SafetensorError
+
+    inner = unwrap(model)
+    if getattr(inner.config, "pad_token_id", None) is None:
+        inner.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        with silent():
+            inner.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+
+
+def restore(model: Any, folder: str | Path) -> None:
+    """Put the weights that ``save`` wrote to ``folder`` into ``model``."""
+    inner = unwrap(model)
+    stored = read_model(type(inner), folder, dtype="auto")
+    inner.load_state_dict(stored.state_dict())
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside of torch.compile's, DistributedDataParallel's or PEFT's wrapper."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -259,6 +259,25 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(here, capsys):
     assert {p: p.read_bytes() for p in (here / "runs/sft").rglob("*") if p.is_file()} == before
 
 
+def test_a_run_goes_on_where_it_stopped(here, capsys, monkeypatch):
+    from rlhf_fast import SFTTrainer
+
+    step = SFTTrainer.step
+    command = f"{SFT} --quiet true --batch_size 2 --save_every 1 --epochs 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "step", lambda self, batch: step(self, batch) if self.done < 2 else 1 / 0)
+        fails(capsys, command, "ZeroDivisionError")
+    fails(capsys, command, "runs/sft already holds a run")
+    fails(capsys, f"{command} --resume maybe", "--resume: must be true or false, got 'maybe'")
+    (here / "x.yaml").write_text("resume: 3\n")
+    fails(capsys, f"{command} --config x.yaml", "x.yaml: resume must be true or false, got 3")
+    (here / "x.yaml").write_text("resume: true\n")
+    assert main(f"{command} --config x.yaml".split()) == 0
+    figures = [json.loads(line)["step"] for line in (here / "runs/sft/metrics.jsonl").read_text().splitlines()]
+    assert figures == list(range(1, len(figures) + 1))
+    fails(capsys, f"{command} --resume true", "runs/sft holds a run that is finished")
+
+
 def test_nan_stops_with_the_last_good_checkpoint(here, capsys, monkeypatch):
     from rlhf_fast.trainers.sft import SFTTrainer
 

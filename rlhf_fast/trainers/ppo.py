@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import data, models, ops
-from rlhf_fast.generate import decode, stop_tokens, texts_of
+from rlhf_fast.generate import stop_tokens
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.rewards import ModelReward, ask, check_scores, load_reward, shape_rewards
 from rlhf_fast.rollout import Rollout, statistics
-from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import checkpoint, learning, online
+from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, drive, save_state, stream
-
-PROMPTS, SEEDS, MINIBATCHES = 0, 1, 2  # what a random stream is for
+from rlhf_fast.trainers.run import Run, check_folder, stream
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class PPOTrainer:
         reference: Any = None,
         critic: Any = None,
     ) -> None:
-        check_folder(output_dir)
+        check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
         self.output_dir = output_dir
         self.accelerator = learning.accelerator()
@@ -115,7 +114,9 @@ class PPOTrainer:
         alike = isinstance(self.reward, ModelReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
         self.scorer = self.reward.model if alike else None  # a reward model that reads the policy's tokens
         self.critic = learning.trainable(self._load_critic(critic), device)
-        self.prompts = self._tokenise(records)
+        # A reward model that reads the policy's tokens reads an end token after every response, too.
+        readers = {self.policy: 0, self.reference: 0, self.critic: 0} | ({self.scorer: 1} if self.scorer else {})
+        self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = stop_tokens(self.policy, self.tokenizer)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
@@ -125,34 +126,19 @@ class PPOTrainer:
         self.done = self.updates = 0  # PPO steps, optimizer steps
         self.samples: list[dict[str, Any]] = []
 
-    def _tokenise(self, records: list[data.Record]) -> list[data.Prompt]:
-        c, readers = self.config, {self.policy: 0, self.reference: 0, self.critic: 0}
-        readers |= {} if self.scorer is None else {self.scorer: 1}  # it reads an end token after every response
-        rooms = [n - c.max_new_tokens - ends for m, ends in readers.items() if (n := models.context_length(m))]
-        if min(rooms, default=1) < 1:
-            raise ValueError(f"PPOConfig.max_new_tokens {c.max_new_tokens} fills the context: no room for a prompt")
-        rooms += [] if c.max_prompt_length is None else [c.max_prompt_length]
-        limits = {"max_length": min(rooms, default=None), "overlong": c.overlong}
-        examples = data.prompt_examples(records, self.tokenizer, **limits)
-        for model in readers:
-            models.check_tokens(model, self.tokenizer, (example.ids for example in examples))
-        return examples
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Run every step and leave the policy in ``output_dir``; returns the last metrics.
 
-    def train(self) -> dict[str, float]:
-        """Run every step and leave the policy in ``output_dir``; returns the last metrics."""
+        With ``resume`` the run in ``output_dir`` goes on from its last checkpoint, if there is one, to the bits that it
+        would have had without the stop.
+        """
         c = self.config
         run = Run("ppo", self.output_dir, c, keep=c.keep, quiet=c.quiet)
-        return drive(self, run, total=c.steps, save_every=c.save_every, live=("scores", "kl", "loss"))
+        return drive(self, run, total=c.steps, save_every=c.save_every, resume=resume, live=("scores", "kl", "loss"))
 
     def batches(self) -> Iterator[list[data.Prompt]]:
-        """``steps`` batches of prompts: one shuffled pass after the other."""
-        c, waiting, epoch = self.config, [], 0
-        for _ in range(c.steps):
-            while len(waiting) < c.batch_size:
-                waiting += torch.randperm(len(self.prompts), generator=stream(c.seed, PROMPTS, epoch)).tolist()
-                epoch += 1
-            yield [self.prompts[i] for i in waiting[: c.batch_size]]
-            waiting = waiting[c.batch_size :]
+        """The batches of prompts that are left of ``steps``: one shuffled pass after the other."""
+        return online.batches(self.prompts, self.config, self.done)
 
     def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One PPO step on the prompts of ``batch``; returns its statistics."""
@@ -173,17 +159,8 @@ class PPOTrainer:
     @torch.no_grad()
     def rollout(self, batch: list[data.Prompt]) -> Rollout:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
-        c, device = self.config, self.device
-        ids = [example.ids for example in batch]
-        prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, self.tokenizer.pad_token_id, side="left"))
-        seeds = torch.randint(2**62, (len(batch),), generator=stream(c.seed, SEEDS, self.done))
-        with learning.autocast(device, c.precision):
-            written = decode(
-                self.policy, prompt_ids, prompt_mask, max_new_tokens=c.max_new_tokens, stop_ids=self.stop_ids,
-                pad_id=self.tokenizer.pad_token_id, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                seeds=seeds,
-            )  # fmt: skip
-        rollout = Rollout.begin(batch, prompt_ids, prompt_mask, written, texts_of(written, self.tokenizer))
+        c = self.config
+        rollout = online.write(self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
         for rows in torch.arange(len(batch)).split(self.forward_size):
             part = rollout.select(rows)
             at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
@@ -223,7 +200,7 @@ class PPOTrainer:
         """``ppo_epochs`` passes of clipped updates, fewer if the policy has moved by ``stop_kl``."""
         c, taken = self.config, []
         for epoch in range(c.ppo_epochs):
-            order = torch.randperm(len(rollout), generator=stream(c.seed, MINIBATCHES, self.done, epoch))
+            order = torch.randperm(len(rollout), generator=stream(c.seed, online.MINIBATCHES, self.done, epoch))
             for rows in order.split(c.minibatch_size):
                 stats = self.accumulate(rollout, advantages, returns, rows)
                 taken.append(stats)
@@ -272,7 +249,17 @@ class PPOTrainer:
         """Write a checkpoint: policy, critic and the numbers between two steps."""
         self.save_model(folder)
         models.save(self.critic, self.tokenizer, folder / "critic")
-        save_state(folder, {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef})
+        kept = {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef}
+        checkpoint.save_state(folder, self.optimizer, kept, self.prompts)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the state of a checkpoint."""
+        models.restore(self.policy, folder)
+        models.restore(self.critic, folder / "critic")
+        kept = checkpoint.load_state(folder, self.optimizer, self.prompts)
+        self.done, self.updates, self.kl_coef = kept["step"], kept["updates"], kept["kl_coef"]
+        if self.kl_control is not None:
+            self.kl_control.load_state_dict({"value": self.kl_coef})
 
     def save_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as ``save_pretrained`` does."""

@@ -1,35 +1,43 @@
-"""A run: the folder that holds its figures, checkpoints and result, and the loop that keeps both safe."""
+"""A run: the folder that holds its figures, checkpoints and result, and its random streams."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlhf_fast.trainers import checkpoint
+
 RECORD = "run.json"
+#: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size")
 
 
-def check_folder(folder: str | Path | None) -> None:
-    """Raise ``ValueError`` if ``folder`` holds a run or anything else, ``OSError`` if it cannot be a folder."""
+def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
+    """Raise ``ValueError`` if ``folder`` holds anything, ``OSError`` if it cannot be a folder.
+
+    With ``run`` a run that is there already is no reason.
+    """
     if folder is None or not Path(folder).exists():
         return
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder to write a run into")
     held = sorted(entry.name for entry in Path(folder).iterdir())
-    if RECORD in held:
+    if RECORD in held and not run:
         raise ValueError(f"{folder} already holds a run ({RECORD}): choose another output_dir or remove it")
-    if held:
+    if held and RECORD not in held:
         raise ValueError(f"{folder} is not empty (it holds {held[0]}): choose another output_dir")
 
 
@@ -47,35 +55,96 @@ class Run:
     """
 
     def __init__(self, kind: str, folder: str | Path | None, config: Any, *, keep: int, quiet: bool) -> None:
-        check_folder(folder)
         self.kind, self.config, self.keep, self.quiet = kind, config, keep, quiet
         self.folder = None if folder is None else Path(folder)
         self.stop_signal = 0
-        self.start = time.monotonic()
+        self.start, self.before = time.monotonic(), 0.0  # seconds that the run had taken before it was resumed
         self.metrics: dict[str, float] = {}
 
-    def open(self, total: int) -> None:
-        """Create the folder and start the clock of ``total`` steps."""
-        if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+    def open(self, total: int, *, resume: bool = False) -> Path | None:
+        """Create the folder and start the clock of ``total`` steps; returns the checkpoint to go on from, if any.
 
-            check_folder(self.folder)
+        With ``resume`` a run that is there is taken up again; without one a new run begins. Raises ``ValueError`` where
+        the folder holds anything else, a run that is finished or under way, or one of another trainer or config.
+        """
+        found = None
+        if self.folder is not None:
+            check_folder(self.folder, run=resume)
             self.folder.mkdir(parents=True, exist_ok=True)
-            record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
-            try:
-                with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
-                    file.write(json.dumps(record, indent=2) + "\n")
-            except FileExistsError:
-                check_folder(self.folder)
-            self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
-            self.board = SummaryWriter(str(self.folder / "tensorboard"))
+            there = resume and (self.folder / RECORD).exists()
+            if there:
+                self._check_record()
+            else:
+                self._write_record()
+            self._lock()
+            found = self._newest() if there else None
+            self._open_figures(_step(found) if found else 0)
         from tqdm import tqdm
 
         every = 0.2 if sys.stderr.isatty() else 10.0  # seconds between two looks of the bar
         self.bar = tqdm(
-            total=total, desc=self.kind, unit="step", disable=self.quiet, mininterval=every, dynamic_ncols=True
-        )
-        self.start = time.monotonic()
+            total=total, desc=self.kind, unit="step", disable=self.quiet, mininterval=every, dynamic_ncols=True,
+            initial=_step(found) if found else 0,
+        )  # fmt: skip
+        self.start = time.monotonic() - self.before
+        return found
+
+    def _write_record(self) -> None:
+        assert self.folder is not None
+        record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
+        try:
+            with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
+                file.write(json.dumps(record, indent=2) + "\n")
+        except FileExistsError:
+            check_folder(self.folder)
+
+    def _check_record(self) -> None:
+        """Raise ``ValueError`` unless the run in the folder is this one, and unfinished."""
+        assert self.folder is not None
+        record = json.loads((self.folder / RECORD).read_text())
+        if record["trainer"] != self.kind:
+            raise ValueError(f"{self.folder} holds a run of {record['trainer']}, which {self.kind} cannot resume")
+        if "finished" in record:
+            raise ValueError(f"{self.folder} holds a run that is finished, its model included: nothing to resume")
+        config, kept = dataclasses.asdict(self.config), record["config"]
+        for name in (n for n in kept if n in config and n not in FREE and kept[n] != config[n]):
+            raise ValueError(
+                f"{self.folder} holds a run with {name}={kept[name]!r}, and {config[name]!r} would not be that run: "
+                "resume it as it was"
+            )
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that is whole; the others are named in a warning."""
+        assert self.folder is not None
+        folder = self.folder / "checkpoints"
+        whole = self.checkpoints()
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path not in whole:
+                warnings.warn(f"{path} is half-written and ignored", stacklevel=2)
+        return whole[-1] if whole else None
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder for as long as this one lives."""
+        assert self.folder is not None
+        self.lock = open(self.folder / RECORD)  # noqa: SIM115 (it lives as long as the run)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ValueError(f"{self.folder} holds a run that is under way") from None
+
+    def _open_figures(self, step: int) -> None:
+        """Open the figures for what comes after ``step``; what a killed run wrote beyond it is dropped."""
+        assert self.folder is not None
+        from torch.utils.tensorboard import SummaryWriter
+
+        lines = _cut(self.folder / "metrics.jsonl", step)
+        _cut(self.folder / "samples.jsonl", step)
+        for line in lines:
+            self.metrics |= {name: value for name, value in line.items() if name not in ("step", "time")}
+        self.before = lines[-1]["time"] if lines else 0.0
+        self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def close(self) -> None:
         """Flush and close what ``open`` opened."""
@@ -83,6 +152,7 @@ class Run:
         if self.folder is not None:
             self.lines.close()
             self.board.close()
+            self.lock.close()
 
     def log(self, step: int, stats: dict[str, float], *, live: Iterable[str] = ()) -> None:
         """Append one line to metrics.jsonl, the same numbers to TensorBoard and those named ``live`` to the bar."""
@@ -120,12 +190,14 @@ class Run:
         if self.folder is None:
             return
         final = self.folder / "checkpoints" / f"step-{step}"
-        if final.exists():
+        if checkpoint.is_whole(final):
             return
         partial = final.with_name(f"{final.name}.partial")
+        shutil.rmtree(final, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save(partial)
+        checkpoint.seal(partial)
         os.replace(partial, final)
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
@@ -135,19 +207,23 @@ class Run:
         if self.folder is None:
             return
         partial = self.folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save(partial)
         for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # without it, no model
             os.replace(file, self.folder / file.name)
         partial.rmdir()
+        record = json.loads((self.folder / RECORD).read_text()) | {"finished": True}
+        (self.folder / f"{RECORD}.partial").write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(self.folder / f"{RECORD}.partial", self.folder / RECORD)
         self.say(f"the model is in {self.folder}")
 
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """The whole checkpoints, oldest first."""
         if self.folder is None or not (self.folder / "checkpoints").is_dir():
             return []
         found = [path for path in (self.folder / "checkpoints").iterdir() if re.fullmatch(r"step-\d+", path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(filter(checkpoint.is_whole, found), key=_step)
 
     def last_checkpoint(self) -> str:
         """The newest complete checkpoint, in words."""
@@ -158,67 +234,6 @@ class Run:
         """Write one line above the progress bar."""
         if not self.quiet:
             self.bar.write(line, file=sys.stderr)
-
-
-def drive(trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable[str]) -> dict[str, float]:
-    """Take every step of ``trainer``, log it, save when due or interrupted; returns the last metrics.
-
-    ``trainer`` has ``batches()``, ``step(batch)``, ``after(step, run)`` (evaluation, samples: more metrics),
-    ``save(folder)`` (a checkpoint), ``save_model(folder)`` (the result) and ``updates``, the count of its optimizer
-    steps. Ctrl-C and SIGTERM end the run after the step that is under way, so that a checkpoint always holds the
-    state between two steps; a second Ctrl-C ends it at once.
-    """
-    run.open(total)
-    restore = _listen(run)
-    done = 0
-    try:
-        for batch in trainer.batches():
-            updates = trainer.updates
-            try:
-                stats = trainer.step(batch)
-            except Exception as error:
-                if trainer.updates == updates and done:  # nothing of this step has reached the weights
-                    run.checkpoint(done, trainer.save)
-                for kind in (FloatingPointError, ValueError, TypeError):
-                    if isinstance(error, kind):
-                        raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
-                raise
-            done += 1
-            run.log(done, stats | trainer.after(done, run), live=live)
-            run.bar.update()
-            if run.stop_signal:
-                run.checkpoint(done, trainer.save)
-                run.say(f"stopped after step {done}; {run.last_checkpoint()}")
-                raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
-            if save_every and done % save_every == 0:
-                run.checkpoint(done, trainer.save)
-        run.finish(trainer.save_model)
-        return run.metrics
-    finally:
-        restore()
-        run.close()
-
-
-def _listen(run: Run) -> Callable[[], None]:
-    """Turn SIGINT and SIGTERM into ``run.stop_signal``; returns what puts the old handlers back."""
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _: FrameType | None) -> None:
-        run.stop_signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if not run.quiet:  # not by print: the signal may have come in the middle of one
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # signals reach the main thread only; elsewhere the caller keeps its own way to stop
-        pass
-    return restore
 
 
 def stream(seed: int, *key: int) -> torch.Generator:
@@ -235,11 +250,6 @@ def epochs(examples: list[Any], batch_size: int, count: int, seed: int) -> Itera
             yield [examples[i] for i in order[start : start + batch_size]]
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the numbers of a trainer beside its weights: trainer.json."""
-    (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
-
-
 def versions() -> dict[str, str]:
     """The versions that a run depends on."""
     import platform
@@ -254,6 +264,25 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of ``path`` after ``step``, also one that a kill cut short; returns those that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            if (record := json.loads(line))["step"] <= step:
+                kept.append((line, record))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return [record for _, record in kept]
 
 
 def _short(text: str, room: int = 240) -> str:

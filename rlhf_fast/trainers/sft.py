@@ -1,5 +1,6 @@
 """Supervised fine-tuning: cross entropy of the response tokens."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops
 from rlhf_fast.data import read_records
-from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import checkpoint, learning
+from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, save_state
+from rlhf_fast.trainers.run import Run, check_folder, epochs
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SFTTrainer:
         tokenizer: Any = None,
         eval_data: Any = None,
     ) -> None:
-        check_folder(output_dir)
+        check_folder(output_dir, run=True)
         self.accelerator = learning.accelerator()
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
@@ -83,15 +85,20 @@ class SFTTrainer:
         limits = {"max_length": self.max_length, "overlong": self.config.overlong}
         return data.sft_examples(records, self.tokenizer, **limits)
 
-    def train(self) -> dict[str, float]:
-        """Run every step and leave the model in ``output_dir``; returns the last metrics."""
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Run every step and leave the model in ``output_dir``; returns the last metrics.
+
+        With ``resume`` the run in ``output_dir`` goes on from its last checkpoint, if there is one, to the bits that it
+        would have had without the stop.
+        """
         c = self.config
         run = Run("sft", self.output_dir, c, keep=c.keep, quiet=c.quiet)
-        return drive(self, run, total=self.steps, save_every=c.save_every, live=("loss", "eval_loss"))
+        return drive(self, run, total=self.steps, save_every=c.save_every, resume=resume, live=("loss", "eval_loss"))
 
     def batches(self) -> Iterator[list[data.Example]]:
-        """The shuffled examples of every epoch in batches."""
-        return epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
+        """The shuffled examples of every epoch in batches; those that are left."""
+        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
+        return itertools.islice(every, self.done, None)
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
@@ -138,7 +145,13 @@ class SFTTrainer:
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
         self.save_model(folder)
-        save_state(folder, {"step": self.done, "updates": self.updates})
+        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.examples)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the state of a checkpoint."""
+        models.restore(self.model, folder)
+        numbers = checkpoint.load_state(folder, self.optimizer, self.examples)
+        self.done, self.updates = numbers["step"], numbers["updates"]
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer as ``save_pretrained`` does."""

@@ -11,8 +11,9 @@ import torch
 
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers import run as run_module
+from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import option, validate
-from rlhf_fast.trainers.run import Run, check_folder, drive, epochs, stream
+from rlhf_fast.trainers.run import Run, check_folder, epochs, stream
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,8 @@ def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, monkeypat
     first, second = (Run("test", tmp_path / "run", Config(), keep=1, quiet=True) for _ in range(2))
     first.open(1)
     before = (tmp_path / "run/run.json").read_text()
-    looks = iter([lambda folder: None])  # the second one looked before the first one wrote
-    monkeypatch.setattr(run_module, "check_folder", lambda folder: next(looks, check_folder)(folder))
+    looks = iter([lambda folder, **how: None])  # the second one looked before the first one wrote
+    monkeypatch.setattr(run_module, "check_folder", lambda folder, **how: next(looks, check_folder)(folder, **how))
     with pytest.raises(ValueError, match="already holds a run"):
         second.open(1)
     assert (tmp_path / "run/run.json").read_text() == before

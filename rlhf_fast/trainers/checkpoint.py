@@ -1,0 +1,112 @@
+"""A checkpoint: all that the next step of a run depends on, as safetensors and JSON.
+
+::
+
+    (the model's files, as ``save_pretrained`` names them; further models in folders of their own)
+    optimizer.safetensors   what AdamW keeps of every weight
+    random.json             the states of the global generators; the trainers draw from streams of their own
+    trainer.json            the trainer's numbers, and a fingerprint of its data
+    files.json              the size of every file, written last: without it, or with another size, it is half-written
+"""
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SIZES = "files.json"
+
+
+def save_state(
+    folder: Path, optimizer: torch.optim.Optimizer, numbers: dict[str, Any], examples: Iterable[Any]
+) -> None:
+    """Write what a trainer keeps beside its weights: its optimizer, its ``numbers`` and what its data was."""
+    from safetensors.torch import save_file
+
+    kept = optimizer.state_dict()["state"]
+    tensors = {f"{index}.{name}": value.contiguous() for index, s in kept.items() for name, value in s.items()}
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "random.json").write_text(json.dumps(_random_state()) + "\n")
+    record = {**numbers, "data": fingerprint(examples)}
+    (folder / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_state(folder: Path, optimizer: torch.optim.Optimizer, examples: Iterable[Any]) -> dict[str, Any]:
+    """Put back what ``save_state`` wrote and return the numbers.
+
+    Raises ``ValueError`` where the data or the weights to train are not those of the checkpoint.
+    """
+    from safetensors.torch import load_file
+
+    numbers: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+    if numbers.pop("data") != fingerprint(examples):
+        raise ValueError(f"{folder} was written by a run on other data, so that this one cannot go on from it")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: s["exp_avg"].shape for i, s in state.items()}
+    if any(i >= len(weights) or weights[i].shape != shape for i, shape in shapes.items()):
+        raise ValueError(f"{folder} holds the optimizer of other weights, so that this run cannot go on from it")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    _set_random_state(json.loads((folder / "random.json").read_text()))
+    return numbers
+
+
+def fingerprint(examples: Iterable[Any]) -> str:
+    """A hash of the tokens of ``examples`` in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for name, value in vars(example).items():
+            if isinstance(value, list):
+                digest.update(name.encode())
+                digest.update(json.dumps(value).encode() if _nested(value) else array("q", value).tobytes())
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write down the size of every file of ``folder``: from now on it is whole."""
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+    (folder / SIZES).write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that ``seal`` saw is there with the size it had."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _nested(value: list[Any]) -> bool:
+    return bool(value) and not isinstance(value[0], (int, bool))
+
+
+def _random_state() -> dict[str, Any]:
+    """The global generators, for rewards and models of the user that draw from them."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+        "cuda": [bytes(state.tolist()).hex() for state in torch.cuda.get_rng_state_all()],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(numpy_keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["torch"])), dtype=torch.uint8))
+    if len(state["cuda"]) == torch.cuda.device_count():
+        states = (torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8) for each in state["cuda"])
+        torch.cuda.set_rng_state_all(states)

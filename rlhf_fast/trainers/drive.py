@@ -1,0 +1,76 @@
+"""The loop of every trainer: steps, figures, checkpoints, and what becomes of a run that is stopped or fails."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+from rlhf_fast.trainers.run import Run
+
+
+def drive(
+    trainer: Any, run: Run, *, total: int, save_every: int, live: Iterable[str], resume: bool = False
+) -> dict[str, float]:
+    """Take every step of ``trainer``, log it, save when due or interrupted; returns the last metrics.
+
+    ``trainer`` has ``batches()`` (those that are left), ``step(batch)``, ``after(step, run)`` (evaluation, samples:
+    more metrics), ``save(folder)`` (a checkpoint), ``restore(folder)``, ``save_model(folder)`` (the result), ``done``
+    and ``updates``, the counts of its steps and of its optimizer's. Ctrl-C and SIGTERM end the run after the step that
+    is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once.
+    """
+    found = run.open(total, resume=resume)
+    deafen = _listen(run)
+    done = 0
+    try:
+        if found is not None:
+            trainer.restore(found)
+            done = trainer.done
+            run.say(f"going on after step {done}, from {found}")
+        for batch in trainer.batches():
+            updates = trainer.updates
+            try:
+                stats = trainer.step(batch)
+            except Exception as error:
+                if trainer.updates == updates and done:  # nothing of this step has reached the weights
+                    run.checkpoint(done, trainer.save)
+                for kind in (FloatingPointError, ValueError, TypeError):
+                    if isinstance(error, kind):
+                        raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
+                raise
+            done += 1
+            run.log(done, stats | trainer.after(done, run), live=live)
+            run.bar.update()
+            if run.stop_signal:
+                run.checkpoint(done, trainer.save)
+                run.say(f"stopped after step {done}; {run.last_checkpoint()}")
+                raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
+            if save_every and done % save_every == 0:
+                run.checkpoint(done, trainer.save)
+        run.finish(trainer.save_model)
+        return run.metrics
+    finally:
+        deafen()
+        run.close()
+
+
+def _listen(run: Run) -> Callable[[], None]:
+    """Turn SIGINT and SIGTERM into ``run.stop_signal``; returns what puts the old handlers back."""
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        run.stop_signal = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if not run.quiet:  # not by print: the signal may have come in the middle of one
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # signals reach the main thread only; elsewhere the caller keeps its own way to stop
+        pass
+    return restore
