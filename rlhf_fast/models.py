@@ -8,7 +8,7 @@ positions counted from it, so that neither the side nor the amount of padding ch
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -64,18 +64,24 @@ def load_policy(source: Any, *, dtype: torch.dtype | str = torch.float32) -> Any
     return model
 
 
-def load_scalar_model(source: Any, *, zero_head: bool = False, dtype: torch.dtype | str = torch.float32) -> Any:
+def load_scalar_model(
+    source: Any,
+    *,
+    zero_head: bool = False,
+    dtype: torch.dtype | str = torch.float32,
+    copied: Callable[[Any], Any] = copy.deepcopy,
+) -> Any:
     """A critic or reward model from ``source`` (path, Hub id or module), every dropout off.
 
-    From a causal language model the backbone is taken (copied, if it is a module) and the head is new: normal with
+    From a causal language model the backbone is taken (``copied``, if it is a module) and the head is new: normal with
     standard deviation ``1/sqrt(H + 1)`` (Stiennon et al. 2020), or zeros with ``zero_head``. From a model that has a
     scalar head already, that head is kept (and a module copied). Raises ``ValueError`` like ``load_policy``.
     """
     if isinstance(source, nn.Module):
         inner = unwrap(source)
         if hasattr(inner, "score"):
-            return without_dropout(copy.deepcopy(source))
-        return _with_head(copy.deepcopy(inner.base_model), inner, zero_head)
+            return without_dropout(copied(source))
+        return _with_head(copied(inner.base_model), inner, zero_head)
     config = read_config(source)
     if not is_scalar(config):
         model = load_policy(source, dtype=dtype)
@@ -85,9 +91,9 @@ def load_scalar_model(source: Any, *, zero_head: bool = False, dtype: torch.dtyp
     return without_dropout(read_model(_scalar_class(config), source, dtype=dtype))
 
 
-def frozen_copy(model: nn.Module) -> Any:
-    """A deep copy of ``model`` in evaluation mode that no gradient reaches: the reference."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def frozen_copy(model: nn.Module, copied: Callable[[Any], Any] = copy.deepcopy) -> Any:
+    """A copy of ``model`` in evaluation mode that no gradient reaches: the reference."""
+    return copied(model).eval().requires_grad_(False)
 
 
 def without_dropout(model: nn.Module) -> Any:

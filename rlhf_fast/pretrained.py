@@ -3,6 +3,7 @@
 Pickled weights are refused: unpickling runs whatever code the file holds.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 SCALAR = "ForSequenceClassification"
+TRAINED = "trained.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -126,25 +128,43 @@ def _check_is_folder(source: str | Path, what: str) -> None:
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``."""
-    from safetensors import SafetensorError
+    """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``.
 
-    inner = unwrap(model)
-    if getattr(inner.config, "pad_token_id", None) is None:
-        inner.config.pad_token_id = tokenizer.pad_token_id
+    The adapters of a PEFT model are merged into its weights, and also written as they are: trained.safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = unwrap(model)
+    if getattr(whole.config, "pad_token_id", None) is None:
+        whole.config.pad_token_id = tokenizer.pad_token_id
     try:
+        if hasattr(model, "merge_and_unload"):
+            whole = copy.deepcopy(model).merge_and_unload()
         with silent():
-            inner.save_pretrained(folder)
+            whole.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        if hasattr(model, "merge_and_unload"):
+            save_file({n: p.detach() for n, p in _trained(model).items()}, Path(folder) / TRAINED)
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"{folder}: the weights cannot be written: {error}") from error
 
 
 def restore(model: Any, folder: str | Path) -> None:
     """Put the weights that ``save`` wrote to ``folder`` into ``model``."""
+    from safetensors.torch import load_file
+
+    if hasattr(model, "merge_and_unload"):
+        stored = load_file(Path(folder) / TRAINED)
+        for name, parameter in _trained(model).items():
+            parameter.data.copy_(stored[name])
+        return
     inner = unwrap(model)
-    stored = read_model(type(inner), folder, dtype="auto")
-    inner.load_state_dict(stored.state_dict())
+    inner.load_state_dict(read_model(type(inner), folder, dtype="auto").state_dict())
+
+
+def _trained(model: Any) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def unwrap(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """Rewards: what scores a response, and how a score and the KL become one reward per token."""
 
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,53 @@ def shape_rewards(
     return rewards + torch.where(position == landing, scores[:, None], 0)
 
 
+def overlong_penalty(
+    lengths: Tensor,  # [B]
+    *,
+    longest: int,
+    buffer: int,
+) -> Tensor:
+    """What a long response loses, ``[B]`` in 0..1: 0 up to ``longest - buffer`` tokens, then linear, 1 at ``longest``.
+
+    The soft punishment of DAPO (Yu et al. 2025), as a positive number. Raises ``ValueError`` unless the buffer is
+    between 1 and ``longest``.
+    """
+    if not 1 <= buffer <= longest:
+        raise ValueError(f"overlong_penalty: buffer must be between 1 and {longest}, got {buffer}")
+    return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+
+
+class RunningMoments:
+    """Mean and variance of all scores so far, merged batch by batch (Chan et al. 1979) in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, scores: Tensor) -> None:
+        """Take in a batch ``[B]``; waits for the device."""
+        values = scores.double()
+        count, mean = values.numel(), float(values.mean()) if values.numel() else 0.0
+        squares, total = float(((values - mean) ** 2).sum()), self.count + count
+        gap = mean - self.mean
+        self.squares += squares + gap**2 * self.count * count / max(total, 1)
+        self.mean += gap * count / max(total, 1)
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """The unbiased standard deviation; 1 for fewer than two scores, or where all are equal."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes while training."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a ``state_dict``."""
+        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+
+
 def load_reward(
     source: Any, tokenizer: Any, *, batch_size: int = 32, device: torch.device | str | None = None
 ) -> Callable[..., Any]:
@@ -112,10 +160,18 @@ def load_reward(
     return source  # type: ignore[no-any-return]
 
 
+class RewardError(ValueError):
+    """A reward function raised something."""
+
+
 def ask(
     reward: Callable[..., Any], prompts: Sequence[str], responses: Sequence[str], columns: dict[str, list[Any]]
 ) -> Any:
-    """What ``reward`` returns. Raises ``ValueError`` that names the line of a function which raised something."""
+    """What ``reward`` returns.
+
+    Raises ``RewardError`` that names the line of a function which raised something, and the prompt on which it does so:
+    for that it is called again, with one prompt at a time.
+    """
     try:
         return reward(prompts, responses, **columns)
     except Exception as error:
@@ -124,7 +180,22 @@ def ask(
         frames = traceback.extract_tb(error.__traceback__)
         place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
         said = f": {error}" if str(error) else ""
-        raise ValueError(f"the reward raised {type(error).__name__}{place}{said}") from error
+        name = type(error).__name__
+        raise RewardError(
+            f"the reward raised {name}{place}{said}{_culprit(reward, prompts, responses, columns)}"
+        ) from error
+
+
+def _culprit(
+    reward: Callable[..., Any], prompts: Sequence[str], responses: Sequence[str], columns: dict[str, list[Any]]
+) -> str:
+    """The first prompt on which ``reward`` raises alone, in words; of several prompts none may."""
+    for i, prompt in enumerate(prompts):
+        try:
+            reward(prompts[i : i + 1], responses[i : i + 1], **{name: c[i : i + 1] for name, c in columns.items()})
+        except Exception:
+            return f"; prompt {i + 1} of {len(prompts)}: {_short(prompt)}, response {_short(responses[i])}"
+    return "; on no prompt alone"
 
 
 class ModelReward:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rlhf_fast.data import Prompt
 from rlhf_fast.generate import Generation
-from rlhf_fast.losses import kl_estimate, masked_mean
+from rlhf_fast.losses import masked_mean
 
 #: The fields of shape [B, T]; scores may be one.
-PER_TOKEN = ("responses", "mask", "old_logprobs", "ref_logprobs", "values", "scores")
+PER_TOKEN = ("responses", "mask", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kl", "values", "scores")
 
 
 @dataclass
@@ -33,8 +33,10 @@ class Rollout:
     ended: Tensor  # [B], bool, a stop token was drawn
     prompt_lengths: Tensor  # [B], int64, tokens of each prompt; on the CPU, as lengths, to cut padding without a wait
     lengths: Tensor  # [B], int64, tokens of each response
-    old_logprobs: Tensor  # [B, T], nats, under the policy that drew them, at the sampling temperature
+    sampler_logprobs: Tensor  # [B, T], nats, as the sampler had them when it drew, at its temperature, unfiltered
+    old_logprobs: Tensor  # [B, T], nats, of the same policy, from whichever of sampler and trainer the loss starts
     ref_logprobs: Tensor  # [B, T], nats, under the frozen reference
+    kl: Tensor  # [B, T], nats, of policy and reference: exact, or the difference of their logprobs
     values: Tensor  # [B, T], in units of reward
     scores: Tensor | None = None  # [B] or [B, T], from the reward
 
@@ -47,14 +49,15 @@ class Rollout:
         written: Generation,
         texts: list[str],
     ) -> "Rollout":
-        """The rollout of what was just ``written``, whose logprobs and values nobody has read yet: they are 0."""
+        """The rollout of what was just ``written``, with the sampler's logprobs; what nobody has read yet is 0."""
         columns = {name: [prompt.columns[name] for prompt in batch] for name in batch[0].columns}
-        old, ref, values = (torch.zeros_like(written.logprobs) for _ in range(3))
+        ref, kl, values = (torch.zeros_like(written.logprobs) for _ in range(3))
         return cls(
             prompts=[prompt.prompt for prompt in batch], texts=texts, columns=columns,
             prompt_ids=prompt_ids, prompt_mask=prompt_mask, responses=written.responses, mask=written.mask,
             ended=written.ended, prompt_lengths=prompt_mask.sum(1).cpu(), lengths=written.mask.sum(1).cpu(),
-            old_logprobs=old, ref_logprobs=ref, values=values,
+            sampler_logprobs=written.logprobs, old_logprobs=written.logprobs.clone(), ref_logprobs=ref, kl=kl,
+            values=values,
         )  # fmt: skip
 
     @property
@@ -107,14 +110,16 @@ def statistics(
 ) -> dict[str, Tensor]:
     """What a scored rollout looks like, each a 0-d tensor.
 
-    ``kl`` is the mean over the responses of the sum over their tokens of ``log policy - log reference``, in nats;
+    ``kl`` is the mean over the responses of the sum of ``rollout.kl`` over their tokens, in nats; ``mismatch`` the root
+    of the mean square of what sampler and trainer differ in about the logprob of a token, where both computed it;
     ``rewards`` that of the token rewards; ``explained_variance`` the share of the returns' variance that the values
     account for.
     """
     mask, (unexplained, whole) = rollout.mask, (_variance(x, rollout.mask) for x in (returns - rollout.values, returns))
-    kl = kl_estimate(rollout.old_logprobs, rollout.ref_logprobs)
+    mismatch = masked_mean((rollout.old_logprobs - rollout.sampler_logprobs) ** 2, mask).sqrt()
     return {
-        "kl": torch.where(mask, kl, 0).sum(1).mean(),
+        "kl": torch.where(mask, rollout.kl, 0).sum(1).mean(),
+        "mismatch": mismatch,
         "scores": rollout.sequence_scores().mean(),
         "rewards": rewards.sum(1).mean(),
         "response_length": mask.sum(1).float().mean(),

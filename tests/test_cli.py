@@ -165,7 +165,7 @@ def test_a_bad_file_of_settings(here, capsys, text, words):
         (f"{SFT} --schedule fast", "SFTConfig.schedule must be one of constant, linear, cosine, got 'fast'"),
         (f"{SFT} --quiet maybe", "--quiet: must be true or false, got 'maybe'"),
         (f"{SFT} --config none.yaml", "none.yaml: No such file or directory"),
-        (f"{PPO} --kl k9", "PPOConfig.kl must be one of k1, k2, k3, abs, got 'k9'"),
+        (f"{PPO} --kl k9", "PPOConfig.kl must be one of k1, k2, k3, abs, exact, got 'k9'"),
         (f"{PPO} --seed {2**63}", "PPOConfig.seed must be at most 9.22337e+18, got 9223372036854775808"),
         (f"{PPO} --top_p 0", "PPOConfig.top_p must be above 0, got 0.0"),
         ("sft --data demos.jsonl", "sft needs --model"),

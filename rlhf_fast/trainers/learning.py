@@ -88,3 +88,13 @@ def check_finite(optimizer: torch.optim.Optimizer, loss: float, norms: list[floa
         if not math.isfinite(value):
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(f"{name} is {value}")
+
+
+def mean_of(taken: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each statistic over the minibatches of a step, and the largest ratio.
+
+    ``mismatch`` is the first one's root of twice ``approx_kl``: how far old and new logprobs are apart before any step.
+    """
+    means = {name: sum(stats[name] for stats in taken) / len(taken) for name in taken[0]}
+    largest = max(stats["ratio_max"] for stats in taken)
+    return means | {"ratio_max": largest, "mismatch": math.sqrt(2 * taken[0]["approx_kl"])}

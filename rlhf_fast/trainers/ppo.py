@@ -3,23 +3,27 @@
 Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022; Huang et al. 2024, "The N+ implementation details".
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_fast import data, models, ops
-from rlhf_fast.generate import stop_tokens
 from rlhf_fast.losses import AdaptiveKL, whiten
-from rlhf_fast.rewards import ModelReward, ask, check_scores, load_reward, shape_rewards
+from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
+from rlhf_fast.rewards import ModelReward, RewardError, RunningMoments, load_reward
 from rlhf_fast.rollout import Rollout, statistics
+from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with_adapters
 from rlhf_fast.trainers import checkpoint, learning, online
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, stream
+
+OLD, SCALES = ("recomputed", "sampler"), ("none", "std", "norm")
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,35 @@ class PPOConfig:
     whiten_advantages: bool = option(True, "give the advantages of a batch mean 0 and variance 1")
     whiten_rewards: bool = option(False, "give the token rewards of a batch variance 1, keeping their mean")
     cliprange: float = option(0.2, "how far the ratio may move from 1 before its gradient stops", above=0.0)
+    cliprange_high: float | None = option(None, "the same upwards, if it differs", above=0.0)
     cliprange_value: float = option(0.2, "how far a value may move from its old one before its gradient stops", above=0)
     vf_coef: float = option(0.1, "weight of the value loss", low=0.0)
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0.0)
+    dual_clip: float | None = option(None, "bound of the loss in units of a negative advantage, e.g. 3", above=1.0)
     kl_coef: float = option(0.05, "price of a nat of KL from the reference; the first one if kl_target is set", low=0.0)
-    kl: str = option("k1", "estimator of the KL in the token rewards", choices=("k1", "k2", "k3", "abs"))
+    kl: str = option("k1", "the KL in the token rewards: an estimator or exact", choices=(*KL_ESTIMATES, "exact"))
     kl_target: float | None = option(None, "sequence KL in nats that an adaptive kl_coef aims at", above=0.0)
     kl_horizon: float = option(10000.0, "responses over which the adaptive kl_coef moves", above=0.0)
     stop_kl: float | None = option(None, "approx_kl at which the passes over a batch end early", above=0.0)
-    clip_scores: float | None = option(None, "largest absolute score", above=0.0)
+    critic_warmup_steps: int = option(0, "first steps in which the critic learns alone", low=0)
+    old_logprobs: str = option("recomputed", "the ratio starts from the trainer's or the sampler's", choices=OLD)
+    importance_cap: float | None = option(None, "largest trainer/sampler ratio that corrects an advantage", above=0.0)
+    scale_scores: str = option("none", "divide by the running std; norm subtracts the mean first", choices=SCALES)
+    clip_scores: float | None = option(None, "largest absolute score, after scaling", above=0.0)
     missing_eos_penalty: float | None = option(None, "taken from the last reward of a response that never ends", low=0)
+    overlong_penalty: float = option(0.0, "taken from that of the longest response; less within overlong_buffer", low=0)
+    overlong_buffer: int = option(16, "last tokens of max_new_tokens in which that penalty rises from 0", low=1)
+    skip_failed_rewards: bool = option(False, "leave out a batch on which the reward function raises, and count it")
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
     overlong: str = option("error", "a longer prompt stops the run or is left out", choices=("error", "drop"))
     max_new_tokens: int = option(64, "longest response in tokens", low=1)
     temperature: float = option(1.0, "sampling temperature, and that of every logprob", above=0.0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
+    stop_token: str | None = option(None, "a token that ends a response, beside the end token")
+    share: str = option("none", "weights of policy, reference and critic: none, hydra:k (top k layers apart) or lora")
+    lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
+    lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
     seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
@@ -69,6 +86,7 @@ class PPOConfig:
         validate(self)
         if self.minibatch_size > self.batch_size:
             raise ValueError(f"PPOConfig.minibatch_size {self.minibatch_size} exceeds batch_size {self.batch_size}")
+        check_share("PPOConfig.share", self.share)
 
 
 class PPOTrainer:
@@ -102,28 +120,32 @@ class PPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir = output_dir
-        self.accelerator = learning.accelerator()
+        self.output_dir, self.accelerator = output_dir, learning.accelerator()
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         self.policy = learning.trainable(models.load_policy(model), device)
+        freeze(self.policy, c.share)
         kept = self.policy if reference is None else models.load_policy(reference)
-        self.reference = models.frozen_copy(kept).to(device)
+        self.reference = models.frozen_copy(kept, shared_copy).to(device)
         self.reward = load_reward(reward, self.tokenizer, device=device)
         alike = isinstance(self.reward, ModelReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
         self.scorer = self.reward.model if alike else None  # a reward model that reads the policy's tokens
-        self.critic = learning.trainable(self._load_critic(critic), device)
+        scorer = self.scorer if c.share == "none" else None  # what is shared are the policy's weights
+        self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device)
+        if c.share == "lora":
+            size = {"rank": c.lora_rank, "alpha": c.lora_alpha, "seed": c.seed}
+            self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | ({self.scorer: 1} if self.scorer else {})
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
-        self.stop_ids = stop_tokens(self.policy, self.tokenizer)
+        self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)
         self.kl_control = AdaptiveKL(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None
-        self.kl_coef = c.kl_coef
-        self.done = self.updates = 0  # PPO steps, optimizer steps
+        self.kl_coef, self.moments = c.kl_coef, RunningMoments()
+        self.done = self.updates = self.skipped = 0  # PPO steps, optimizer steps, batches without a reward
         self.samples: list[dict[str, Any]] = []
 
     def train(self, *, resume: bool = False) -> dict[str, float]:
@@ -145,12 +167,22 @@ class PPOTrainer:
         c = self.config
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, c.steps, c.warmup_ratio)
         rollout = self.rollout(batch)
-        rewards = self.score(rollout)
+        try:
+            rewards = self.score(rollout)
+        except RewardError as error:
+            if not c.skip_failed_rewards:
+                raise
+            warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
+            self.done, self.skipped = self.done + 1, self.skipped + 1
+            return {"skipped": float(self.skipped)}
         advantages, returns = ops.gae(rewards, rollout.values, rollout.mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages:
             advantages = whiten(advantages, rollout.mask)
+        advantages = online.corrected(advantages, rollout, c.importance_cap)
         before = learning.numbers(statistics(rollout, rewards, returns))
-        stats = self.update(rollout, advantages, returns) | before | {"kl_coef": self.kl_coef, "lr": rate}
+        stats = self.update(rollout, advantages, returns)
+        first = {"mismatch": stats["mismatch"]} if c.old_logprobs == "sampler" else {}
+        stats |= before | first | {"kl_coef": self.kl_coef, "lr": rate, "skipped": float(self.skipped)}
         if self.kl_control is not None:
             self.kl_coef = self.kl_control.update(stats["kl"], len(rollout))
         self.done, self.samples = self.done + 1, rollout.samples(4)
@@ -164,17 +196,11 @@ class PPOTrainer:
         for rows in torch.arange(len(batch)).split(self.forward_size):
             part = rollout.select(rows)
             at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
-            rollout.old_logprobs[at] = self.read(self.policy, part).logprobs
-            rollout.ref_logprobs[at] = self.read(self.reference, part).logprobs
+            online.compare(self.policy, self.reference, part, c)
             rollout.values[at] = self.value(part)
+            for name in ("old_logprobs", "ref_logprobs", "kl"):
+                getattr(rollout, name)[at] = getattr(part, name)
         return rollout
-
-    def read(self, model: nn.Module, rollout: Rollout) -> ops.LogprobsOutput:
-        """Logprob and entropy of every response token under ``model``."""
-        with learning.autocast(self.device, self.config.precision):
-            logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-        # The logits at a token are those of the next one.
-        return ops.logprobs(logits[:, :-1], rollout.responses, temperature=self.config.temperature, mask=rollout.mask)
 
     def value(self, rollout: Rollout) -> Tensor:
         """The critic's value ``[B, T]`` of the state before each response token."""
@@ -186,19 +212,13 @@ class PPOTrainer:
     def score(self, rollout: Rollout) -> Tensor:
         """The reward's score less the price of the KL, as one reward per token ``[B, T]``. Keeps ``rollout.scores``."""
         c = self.config
-        with learning.autocast(self.device, c.precision):
-            scores = ask(self.reward, rollout.prompts, rollout.texts, rollout.columns)
-        scores = check_scores(scores, len(rollout), rollout.texts, prompts=rollout.prompts, mask=rollout.mask)
-        rollout.scores = scores
-        read = rollout.old_logprobs, rollout.ref_logprobs, rollout.mask
-        rewards = shape_rewards(scores, *read, kl_coef=self.kl_coef, kl=c.kl, clip_scores=c.clip_scores)
-        if c.missing_eos_penalty is not None:
-            rewards += shape_rewards(torch.where(rollout.ended, 0.0, -c.missing_eos_penalty), *read, kl_coef=0.0)
+        scores = online.scores(self.reward, rollout, c, self.moments)
+        rewards = online.token_rewards(scores, rollout, c, self.kl_coef)
         return whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """``ppo_epochs`` passes of clipped updates, fewer if the policy has moved by ``stop_kl``."""
-        c, taken = self.config, []
+        c, taken = self.config, []  # the statistics of every minibatch
         for epoch in range(c.ppo_epochs):
             order = torch.randperm(len(rollout), generator=stream(c.seed, online.MINIBATCHES, self.done, epoch))
             for rows in order.split(c.minibatch_size):
@@ -206,11 +226,11 @@ class PPOTrainer:
                 taken.append(stats)
                 if c.stop_kl is not None and stats["approx_kl"] > c.stop_kl:
                     self.optimizer.zero_grad(set_to_none=True)
-                    return _mean(taken)
+                    return learning.mean_of(taken)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.updates += 1
-        return _mean(taken)
+        return learning.mean_of(taken)
 
     def accumulate(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
         """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch."""
@@ -232,11 +252,17 @@ class PPOTrainer:
 
     def loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, tokens: Tensor) -> ops.PPOLossOutput:
         """Clipped policy and value loss of some sequences of a minibatch that has ``tokens`` valid tokens in all."""
-        c, now = self.config, self.read(self.policy, rollout)
+        c = self.config
+        if self.done < c.critic_warmup_steps:  # without its forward pass the policy learns nothing
+            now = ops.LogprobsOutput(rollout.old_logprobs, torch.zeros_like(rollout.values), rollout.values)
+        else:
+            now = online.read(self.policy, rollout, c)
+        cliprange = c.cliprange if c.cliprange_high is None else (c.cliprange, c.cliprange_high)
         return ops.ppo_loss(
-            now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=c.cliprange,
+            now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=cliprange,
             values=self.value(rollout), old_values=rollout.values, returns=returns, cliprange_value=c.cliprange_value,
-            vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, denominator=tokens,
+            vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
+            denominator=tokens,
         )  # fmt: skip
 
     def after(self, step: int, run: Run) -> dict[str, float]:
@@ -249,7 +275,8 @@ class PPOTrainer:
         """Write a checkpoint: policy, critic and the numbers between two steps."""
         self.save_model(folder)
         models.save(self.critic, self.tokenizer, folder / "critic")
-        kept = {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef}
+        kept = {"step": self.done, "updates": self.updates, "kl_coef": self.kl_coef, "skipped": self.skipped}
+        kept |= {"moments": self.moments.state_dict()}
         checkpoint.save_state(folder, self.optimizer, kept, self.prompts)
 
     def restore(self, folder: Path) -> None:
@@ -258,6 +285,8 @@ class PPOTrainer:
         models.restore(self.critic, folder / "critic")
         kept = checkpoint.load_state(folder, self.optimizer, self.prompts)
         self.done, self.updates, self.kl_coef = kept["step"], kept["updates"], kept["kl_coef"]
+        self.skipped = kept["skipped"]
+        self.moments.load_state_dict(kept["moments"])
         if self.kl_control is not None:
             self.kl_control.load_state_dict({"value": self.kl_coef})
 
@@ -269,19 +298,3 @@ class PPOTrainer:
     def forward_size(self) -> int:
         """Responses per forward pass."""
         return self.config.micro_batch_size or self.config.minibatch_size
-
-    def _load_critic(self, critic: Any) -> nn.Module:
-        """The critic asked for, else the reward model's copy if it reads the policy's tokens, else a new head."""
-        if critic is None and self.scorer is not None:
-            return models.load_scalar_model(self.scorer).requires_grad_(True)  # the reward may have been frozen
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            if critic is None:
-                return models.load_scalar_model(self.policy, zero_head=True)
-            return models.load_scalar_model(critic)
-
-
-def _mean(taken: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over the minibatches, but the largest ratio."""
-    means = {name: sum(stats[name] for stats in taken) / len(taken) for name in taken[0]}
-    return means | {"ratio_max": max(stats["ratio_max"] for stats in taken)}

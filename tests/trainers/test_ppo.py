@@ -11,7 +11,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rlhf_fast import ops
 from rlhf_fast.losses import whiten
-from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import learning, online
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = ["the movie", "a plot was very", "I like this", "the", "this movie is not very fun and", "dull plot"]
@@ -175,7 +175,9 @@ def test_what_decoding_returned_is_what_the_forward_pass_reads():
         pad_id=trainer.tokenizer.pad_token_id, temperature=0.8, seeds=torch.arange(6),
     )  # fmt: skip
     rollout.responses, rollout.mask = again.responses, again.mask
-    torch.testing.assert_close(trainer.read(trainer.policy, rollout).logprobs, again.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        online.read(trainer.policy, rollout, trainer.config).logprobs, again.logprobs, atol=1e-5, rtol=0
+    )
 
 
 def more_padding(rollout, left, right, junk):
@@ -303,7 +305,7 @@ def test_metrics_have_their_names_and_values(tmp_path):
     trainer.output_dir = tmp_path / "run"
     metrics = trainer.train()
     names = """loss policy_loss value_loss entropy kl approx_kl clipfrac value_clipfrac ratio_mean ratio_max scores
-        rewards kl_coef response_length ended explained_variance lr grad_norm critic_grad_norm"""
+        mismatch skipped rewards kl_coef response_length ended explained_variance lr grad_norm critic_grad_norm"""
     assert set(metrics) == set(names.split())
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the policy before its first step
@@ -448,8 +450,9 @@ def test_bfloat16_keeps_float32_weights_and_a_ratio_of_one():
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert any(not torch.equal(before[k], after[k]) for k in before)
     exact = build(learning_rate=1e-3)
-    assert trainer.read(trainer.reference, rollout).logprobs.dtype == torch.float32
-    difference = trainer.read(trainer.reference, rollout).logprobs - exact.read(exact.reference, rollout).logprobs
+    assert online.read(trainer.reference, rollout, trainer.config).logprobs.dtype == torch.float32
+    rounded, full = (online.read(t.reference, rollout, t.config).logprobs for t in (trainer, exact))
+    difference = rounded - full
     assert 1e-6 < difference.abs().max() < 0.2  # it really ran in bfloat16
 
 
@@ -509,14 +512,14 @@ def test_a_reward_that_returns_the_wrong_thing_is_refused(reward, words):
     assert all(torch.equal(before[k], v) for k, v in trainer.policy.state_dict().items())
 
 
-def test_nan_in_the_loss_leaves_the_weights_alone(tmp_path):
+def test_nan_in_the_loss_leaves_the_weights_alone(tmp_path, monkeypatch):
     trainer = build(steps=5, learning_rate=1e-3)
     trainer.output_dir = tmp_path / "run"
     good = {}
 
-    def poison(self=trainer, read=trainer.read):
-        def failing(model, rollout):
-            output = read(model, rollout)
+    def poison(self=trainer, read=online.read):
+        def failing(model, rollout, config):
+            output = read(model, rollout, config)
             if self.done == 2 and torch.is_grad_enabled():
                 good.update(copy.deepcopy(self.policy.state_dict()))
                 return output._replace(logprobs=output.logprobs * math.nan)
@@ -524,7 +527,7 @@ def test_nan_in_the_loss_leaves_the_weights_alone(tmp_path):
 
         return failing
 
-    trainer.read = poison()
+    monkeypatch.setattr(online, "read", poison())
     with pytest.raises(FloatingPointError, match=r"^step 3: loss is nan; last good checkpoint: .*checkpoints/step-2$"):
         trainer.train()
     assert all(torch.equal(good[k], v) for k, v in trainer.policy.state_dict().items())
