@@ -38,8 +38,8 @@ def distill_loss(
     ``temperature^2`` keeps the size of the gradient. The reward enters as an advantage ``A``: added to the loss as a
     constant it would have no gradient. The policy is the student itself, so that its logprob is at temperature 1.
 
-    D is summed over the whole vocabulary, a few rows at a time: no float32 copy of the logits. The gradient is one
-    tensor like ``logits`` (two for a moment with ``reverse``, advantages and a temperature other than 1).
+    D is summed over the whole vocabulary, a few rows at a time: no float32 copy of the logits. The gradient of both
+    terms is one tensor like ``logits``, rounded once.
 
     Args:
         logits: ``[..., V]`` of the student, any strides, never modified; all that gets a gradient.
@@ -62,22 +62,19 @@ def distill_loss(
     """
     _check(logits, teacher_logits, mask, temperature, kind, alpha)
     teacher_logits, ids, advantages = teacher_logits.detach(), *_policy_gradient(logits, mask, ids, advantages)
-    if kind != "reverse":
-        divergence, of_ids = _Distillation.apply(logits, teacher_logits, mask, ids, temperature, kind)
-    elif ids is None or temperature == 1:
+    if kind == "reverse" and (ids is None or temperature == 1):  # then the op has the gradient of both
         divergence, of_ids, _, _ = kl(logits, teacher_logits, ids, temperature=temperature, mask=mask)
     else:
-        divergence = kl(logits, teacher_logits, temperature=temperature, mask=mask).kl
-        of_ids = logprobs(logits, ids, mask=mask).logprobs
+        divergence, of_ids = _Distillation.apply(logits, teacher_logits, mask, ids, temperature, kind)
     total = (alpha * temperature**2) * divergence.sum()
-    if advantages is not None:
+    if advantages is not None and of_ids is not None:
         # A weight of 0 is no weight, even where the divergence is infinite.
         total = (total if alpha else 0) - (advantages * of_ids).sum()
     return divided("distill_loss", total, mask.sum(), denominator)
 
 
 class _Distillation(torch.autograd.Function):
-    """``forward`` or ``jsd`` of each row and the logprob of its id, with one gradient for both."""
+    """The divergence of each row and the logprob of its id, with one gradient for both."""
 
     @staticmethod
     def forward(
@@ -85,10 +82,11 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(logits, teacher, mask, ids)
         ctx.temperature, ctx.kind = temperature, kind
-        if kind == "forward":
-            divergence = kl(teacher, logits, temperature=temperature, mask=mask).kl
-        else:
+        if kind == "jsd":
             divergence = _jsd(logits, teacher, mask, temperature)
+        else:
+            first, second = (teacher, logits) if kind == "forward" else (logits, teacher)
+            divergence = kl(first, second, temperature=temperature, mask=mask).kl
         return divergence, None if ids is None else logprobs(logits, ids, mask=mask).logprobs
 
     @staticmethod
@@ -99,7 +97,8 @@ class _Distillation(torch.autograd.Function):
         flat, valid, k = grad.view(-1, logits.shape[-1]), mask.reshape(-1, 1), grad_divergence.reshape(-1, 1)
         for at, block, teacher_block in row_blocks(logits, teacher):
             logp, logq = _log_softmax(block, ctx.temperature), _log_softmax(teacher_block, ctx.temperature)
-            dz = k[at] / ctx.temperature * _SLOPES[ctx.kind](logp, logq)
+            slope = _SLOPES[ctx.kind](logp, logq) / ctx.temperature
+            dz = torch.where(k[at] == 0, 0, k[at] * slope)  # an infinite divergence that nobody asks about
             if ids is not None and grad_logprobs is not None:
                 g, chosen = grad_logprobs.reshape(-1, 1)[at], ids.reshape(-1, 1)[at]
                 dz = dz - g * (logp if ctx.temperature == 1 else _log_softmax(block, 1.0)).exp()
@@ -112,12 +111,15 @@ def _forward_slope(logp: Tensor, logq: Tensor) -> Tensor:
     return logp.exp() - logq.exp()
 
 
+def _reverse_slope(logp: Tensor, logq: Tensor) -> Tensor:
+    return _centred(_terms(logp, logq), logp)
+
+
 def _jsd_slope(logp: Tensor, logq: Tensor) -> Tensor:
-    terms = _against_mixture(logp, logq)
-    return (terms - logp.exp() * row_sum(terms)[:, None]) / 2
+    return _centred(_terms(logp, _mixture(logp, logq)), logp) / 2
 
 
-_SLOPES = {"forward": _forward_slope, "jsd": _jsd_slope}
+_SLOPES = {"forward": _forward_slope, "reverse": _reverse_slope, "jsd": _jsd_slope}
 
 
 def _jsd(logits: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -126,13 +128,23 @@ def _jsd(logits: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> T
     flat = divergence.view(-1)
     for at, block, teacher_block in row_blocks(logits, teacher):
         logp, logq = _log_softmax(block, temperature), _log_softmax(teacher_block, temperature)
-        flat[at] = row_sum(_against_mixture(logp, logq) + _against_mixture(logq, logp)) / 2
+        logm = _mixture(logp, logq)
+        flat[at] = row_sum(_terms(logp, logm) + _terms(logq, logm)) / 2
     return divergence.masked_fill_(~mask, 0)
 
 
-def _against_mixture(logp: Tensor, logq: Tensor) -> Tensor:
-    """``p (log p - log m)``, the terms of KL(p || m); 0 where p is 0, a select, for 0 * -inf is NaN."""
-    return torch.where(logp == -inf, 0, logp.exp() * (logp - torch.logaddexp(logp, logq) + log(2)))
+def _terms(logp: Tensor, logq: Tensor) -> Tensor:
+    """``p (log p - log q)``, the terms of KL(p || q); 0 where p is 0, a select, for 0 * -inf is NaN."""
+    return torch.where(logp == -inf, 0, logp.exp() * (logp - logq))
+
+
+def _centred(terms: Tensor, logp: Tensor) -> Tensor:
+    """``p_i (t_i - sum_j p_j t_j)`` from the ``p_i t_i``: the derivative of sum p t through the softmax."""
+    return terms - logp.exp() * row_sum(terms)[:, None]
+
+
+def _mixture(logp: Tensor, logq: Tensor) -> Tensor:
+    return torch.logaddexp(logp, logq) - log(2)
 
 
 def _log_softmax(block: Tensor, temperature: float) -> Tensor:
