@@ -1,6 +1,6 @@
 """Distillation of a teacher's distribution into a student, with the reward as a policy gradient beside it."""
 
-from math import inf, log
+from math import inf
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast.losses.inputs import divided, precise
 from rlhf_fast.ops import kl, logprobs
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_choice, check_positive, check_range, check_tensor
-from rlhf_fast.ops.logprobs import flat_rows, normalised, row_blocks, row_sum, scaled
+from rlhf_fast.ops.logprobs import flat_rows, row_blocks, scaled
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -96,30 +96,38 @@ class _Distillation(torch.autograd.Function):
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         flat, valid, k = grad.view(-1, logits.shape[-1]), mask.reshape(-1, 1), grad_divergence.reshape(-1, 1)
         for at, block, teacher_block in row_blocks(logits, teacher):
-            logp, logq = _log_softmax(block, ctx.temperature), _log_softmax(teacher_block, ctx.temperature)
-            slope = _SLOPES[ctx.kind](logp, logq) / ctx.temperature
-            dz = torch.where(k[at] == 0, 0, k[at] * slope)  # an infinite divergence that nobody asks about
+            slope = _SLOPES[ctx.kind](scaled(block, ctx.temperature), scaled(teacher_block, ctx.temperature))
+            # A select, for a divergence that nobody asks about may be infinite.
+            dz = slope.mul_(k[at] / ctx.temperature).masked_fill_(k[at] == 0, 0)
             if ids is not None and grad_logprobs is not None:
                 g, chosen = grad_logprobs.reshape(-1, 1)[at], ids.reshape(-1, 1)[at]
-                dz = dz - g * (logp if ctx.temperature == 1 else _log_softmax(block, 1.0)).exp()
+                dz -= scaled(block, 1.0).softmax(-1).mul_(g)
                 dz.scatter_add_(-1, chosen, g.to(dz.dtype))
-            flat[at] = torch.where(valid[at], dz, 0).to(grad.dtype)
+            flat[at] = dz.masked_fill_(~valid[at], 0)
         return grad, None, None, None, None, None
 
 
-def _forward_slope(logp: Tensor, logq: Tensor) -> Tensor:
-    return logp.exp() - logq.exp()
+def _forward_slope(z: Tensor, w: Tensor) -> Tensor:
+    return z.softmax(-1).sub_(w.softmax(-1))
 
 
-def _reverse_slope(logp: Tensor, logq: Tensor) -> Tensor:
-    return _centred(_terms(logp, logq), logp)
+def _reverse_slope(z: Tensor, w: Tensor) -> Tensor:
+    logp, logq = z.log_softmax(-1), w.log_softmax(-1)
+    p = logp.exp()
+    return _centred(torch.where(logp == -inf, 0, p * (logp - logq)), p)
 
 
-def _jsd_slope(logp: Tensor, logq: Tensor) -> Tensor:
-    return _centred(_terms(logp, _mixture(logp, logq)), logp) / 2
+def _jsd_slope(z: Tensor, w: Tensor) -> Tensor:
+    p, q = z.softmax(-1), w.softmax(-1)
+    return _centred(_terms(p, (p + q).div_(2)), p).div_(2)
 
 
 _SLOPES = {"forward": _forward_slope, "reverse": _reverse_slope, "jsd": _jsd_slope}
+
+
+def _centred(terms: Tensor, p: Tensor) -> Tensor:
+    """``p_i (t_i - sum_j p_j t_j)`` from the ``p_i t_i``: the derivative of sum p t through the softmax."""
+    return terms.sub_(p.mul_(terms.sum(-1, keepdim=True)))
 
 
 def _jsd(logits: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -127,29 +135,15 @@ def _jsd(logits: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> T
     divergence = torch.empty(mask.shape, dtype=torch.float64 if double else torch.float32, device=mask.device)
     flat = divergence.view(-1)
     for at, block, teacher_block in row_blocks(logits, teacher):
-        logp, logq = _log_softmax(block, temperature), _log_softmax(teacher_block, temperature)
-        logm = _mixture(logp, logq)
-        flat[at] = row_sum(_terms(logp, logm) + _terms(logq, logm)) / 2
+        p, q = scaled(block, temperature).softmax(-1), scaled(teacher_block, temperature).softmax(-1)
+        m = (p + q).div_(2)
+        flat[at] = (_terms(p, m).sum(-1) + _terms(q, m).sum(-1)) / 2
     return divergence.masked_fill_(~mask, 0)
 
 
-def _terms(logp: Tensor, logq: Tensor) -> Tensor:
-    """``p (log p - log q)``, the terms of KL(p || q); 0 where p is 0, a select, for 0 * -inf is NaN."""
-    return torch.where(logp == -inf, 0, logp.exp() * (logp - logq))
-
-
-def _centred(terms: Tensor, logp: Tensor) -> Tensor:
-    """``p_i (t_i - sum_j p_j t_j)`` from the ``p_i t_i``: the derivative of sum p t through the softmax."""
-    return terms - logp.exp() * row_sum(terms)[:, None]
-
-
-def _mixture(logp: Tensor, logq: Tensor) -> Tensor:
-    return torch.logaddexp(logp, logq) - log(2)
-
-
-def _log_softmax(block: Tensor, temperature: float) -> Tensor:
-    shifted, _, total, _ = normalised(scaled(block, temperature))
-    return shifted - total.log()[:, None]
+def _terms(p: Tensor, m: Tensor) -> Tensor:
+    """``p log(p / m)``, the terms of KL(p || m) for a mixture m that p is part of; 0 where p is 0."""
+    return (p / m).log_().mul_(p).masked_fill_(p == 0, 0)
 
 
 def _check(logits: Tensor, teacher: Tensor, mask: Tensor, temperature: float, kind: str, alpha: float) -> None:

@@ -98,6 +98,18 @@ def test_loss_and_gradient_are_those_of_float64(kind, policy, temperature, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_the_teacher_may_have_another_dtype(kind, dtypes):
+    (logits, _, mask, options), teacher = case(dtype=dtypes[0]), case(dtype=dtypes[1])[1]
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    distill_loss(leaf, teacher, mask, kind=kind, temperature=1.5, **options).backward()
+    oracle(exact, teacher, mask, kind=kind, temperature=1.5, **options).backward()
+    rounding = max(torch.finfo(dtypes[0]).eps, 1e-5)
+    assert leaf.grad.dtype == dtypes[0]
+    assert torch.allclose(leaf.grad[mask].double(), exact.grad[mask], rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradcheck(kind, policy, temperature):
@@ -223,6 +235,8 @@ def test_one_advantage_per_sequence_micro_batches_and_views(kind):
         for i in (0, 2)
     ]  # fmt: skip
     assert torch.allclose(sum(parts), whole, atol=1e-13)
+    learning_teacher = distill_loss(logits, teacher.clone().requires_grad_(), mask, kind=kind)
+    assert not learning_teacher.requires_grad
     shifted = distill_loss(logits[:, :-1], teacher[:, 1:], mask[:, 1:] & mask[:, :-1], kind=kind)
     copied = distill_loss(logits[:, :-1].clone(), teacher[:, 1:].clone(), mask[:, 1:] & mask[:, :-1], kind=kind)
     assert torch.equal(shifted, copied)

@@ -60,3 +60,12 @@ def test_the_numbers_of_the_cpu_without_a_wait(name):
         if on_cpu is not None:
             assert torch.equal(on_gpu, second)
             assert torch.allclose(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_an_id_outside_of_the_vocabulary_makes_the_loss_nan(kind):
+    logits, mask = torch.zeros(2, 5, device="cuda"), torch.tensor([True, False], device="cuda")
+    options = {"kind": kind, "advantages": torch.ones(2, device="cuda")}
+    ids = torch.tensor([4, 5], device="cuda")
+    assert losses.distill_loss(logits, logits + 1, mask, ids=ids, **options).isfinite()  # masked there
+    assert losses.distill_loss(logits, logits + 1, mask, ids=ids.flip(0), **options).isnan()

@@ -83,7 +83,9 @@ def test_pointwise_loss_of_far_scores(dtype):
     loss.backward()
     assert torch.allclose(scores.grad, torch.tensor([1 / 3, -1 / 3, 0], dtype=dtype))
     # And a confident right answer keeps its digits, where log(1 + e^s) - s would cancel.
-    assert pointwise_loss(torch.tensor([30.0]), torch.ones(1)).item() == pytest.approx(math.exp(-30), rel=1e-5)
+    for score, label in ((30.0, 1), (-30.0, 0)):
+        loss = pointwise_loss(torch.tensor([score]), torch.tensor([label]))
+        assert loss.item() == pytest.approx(math.exp(-30), rel=1e-5)
 
 
 def test_pointwise_loss_of_steps_leaves_out_what_is_masked():
