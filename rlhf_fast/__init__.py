@@ -5,7 +5,20 @@ from typing import Any
 
 # `generate` now, for the name of a module that is imported later would replace the function.
 from rlhf_fast.generate import generate
-from rlhf_fast.losses import AdaptiveKL, kl_estimate, masked_mean, pairwise_loss, whiten
+from rlhf_fast.losses import (
+    AdaptiveKL,
+    RRHFLossOutput,
+    distill_loss,
+    dpo_loss,
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    pairwise_loss,
+    pointwise_loss,
+    ranking_loss,
+    rrhf_loss,
+    whiten,
+)
 from rlhf_fast.ops import (
     KLOutput,
     LogprobsOutput,
@@ -38,19 +51,26 @@ __all__ = [
     "PPOConfig",
     "PPOLossOutput",
     "PPOTrainer",
+    "RRHFLossOutput",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "distill_loss",
+    "dpo_loss",
     "gae",
     "generate",
+    "group_advantages",
     "kl",
     "kl_estimate",
     "logprobs",
     "masked_mean",
     "pairwise_loss",
+    "pointwise_loss",
     "ppo_loss",
+    "ranking_loss",
+    "rrhf_loss",
     "sample",
     "shape_rewards",
     "whiten",

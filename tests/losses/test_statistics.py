@@ -1,4 +1,4 @@
-"""The formulas without a kernel: hand-computed cases, float64, two processes against one."""
+"""KL estimates and masked statistics: hand-computed cases, float64, two processes against one."""
 
 import math
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.losses import AdaptiveKL, kl_estimate, masked_mean, pairwise_loss, whiten
+from rlhf_fast.losses import AdaptiveKL, kl_estimate, masked_mean, whiten
 
 
 def masked(seed=0, shape=(4, 9), dtype=torch.float32, loc=0.0):
@@ -51,38 +51,6 @@ def test_kl_estimates_are_differentiable(kind):
     generator = torch.Generator().manual_seed(2)
     logprobs, ref = (torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda a, b: kl_estimate(a, b, kind=kind), (logprobs, ref))
-
-
-def test_pairwise_loss_by_hand():
-    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
-    plain = (math.log(1 + math.exp(-2)) + math.log(1 + math.e)) / 2
-    assert pairwise_loss(chosen, rejected).item() == pytest.approx(plain, abs=1e-6)
-    moved = (math.log(1 + math.exp(-1.5)) + math.log(1 + math.exp(1.5))) / 2
-    assert pairwise_loss(chosen, rejected, margin=0.5).item() == pytest.approx(moved, abs=1e-6)
-    each = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(3))) / 2
-    assert pairwise_loss(chosen, rejected, margin=torch.tensor([0.0, 2.0])).item() == pytest.approx(each, abs=1e-6)
-    assert pairwise_loss(chosen, rejected, center_coef=0.1).item() == pytest.approx(plain + 0.1 * 2.5, abs=1e-6)
-
-
-def test_pairwise_loss_of_far_scores_and_of_nothing():
-    far = torch.tensor([-1e4], dtype=torch.bfloat16, requires_grad=True)
-    loss = pairwise_loss(far, torch.zeros(1, dtype=torch.bfloat16))
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1e4, rel=2**-8)
-    loss.backward()
-    assert far.grad.item() == -1
-    empty = torch.zeros(0, requires_grad=True)
-    nothing = pairwise_loss(empty, torch.zeros(0))
-    nothing.backward()
-    assert nothing.item() == 0
-
-
-def test_pairwise_loss_gradcheck():
-    generator = torch.Generator().manual_seed(3)
-    a, b, margin = (torch.randn(5, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(
-        lambda a, b, margin: pairwise_loss(a, b, margin=margin, center_coef=0.2), (a, b, margin)
-    )
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1, (0, 1), -1])
@@ -209,14 +177,6 @@ def test_adaptive_kl_by_hand():
     [
         (lambda x, m: kl_estimate(x, x, kind="k9"), ValueError, "kl_estimate: kind must be one of k1, k2, k3, abs"),
         (lambda x, m: kl_estimate(x, x[:1]), ValueError, "kl_estimate: ref_logprobs must be like logprobs"),
-        (lambda x, m: pairwise_loss(x[0], x[0][:1]), ValueError, r"pairwise_loss: rejected must be \[B\]"),
-        (lambda x, m: pairwise_loss(x, x), ValueError, r"pairwise_loss: chosen must be \[B\], got \[2, 3\]"),
-        (lambda x, m: pairwise_loss(x[0], x[0], margin=x[0][:1]), ValueError, r"pairwise_loss: margin must be \[B\]"),
-        (
-            lambda x, m: pairwise_loss(x[0], x[0], center_coef=-1),
-            ValueError,
-            "pairwise_loss: center_coef must be finite",
-        ),
         (lambda x, m: masked_mean(x, x), TypeError, "masked_mean: mask must be bool, got float32"),
         (lambda x, m: whiten(x, m[:1]), ValueError, "whiten: mask must be like x"),
         (lambda x, m: whiten(x.requires_grad_(), m, group=0), ValueError, "whiten: x must be detached where a group"),

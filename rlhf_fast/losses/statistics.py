@@ -1,4 +1,4 @@
-"""Formulas that deserve no kernel: losses of reward models, KL estimates, masked statistics and the KL controller."""
+"""KL estimates, masked statistics and the KL controller."""
 
 from math import inf, isnan
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.losses.inputs import check_masked, precise
 from rlhf_fast.ops.checks import FLOATS, check_choice, check_tensor
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES, kl_and_slope
 
@@ -36,49 +37,7 @@ def kl_estimate(
     shape, device = logprobs.shape, logprobs.device
     rule = "like logprobs"
     check_tensor("kl_estimate", "ref_logprobs", ref_logprobs, dtypes=FLOATS, shape=shape, rule=rule, device=device)
-    return kl_and_slope(_precise(logprobs) - _precise(ref_logprobs), kind)[0]
-
-
-def pairwise_loss(
-    chosen: Tensor,  # [B]
-    rejected: Tensor,  # [B]
-    *,
-    margin: float | Tensor | None = None,  # number or [B]
-    center_coef: float = 0.0,
-) -> Tensor:
-    """Bradley–Terry loss of a reward model: mean of ``-log sigmoid(chosen - rejected - margin)``.
-
-    ``center_coef`` adds ``center_coef * mean((chosen + rejected)^2)``, which keeps the scores around 0 (Eisenstein et
-    al. 2023). The margin is Llama 2's (Touvron et al. 2023).
-
-    Args:
-        chosen: ``[B]``, scores of the preferred responses.
-        rejected: ``[B]``, scores of the others.
-        margin: by how much the first is better, a number or ``[B]``.
-        center_coef: weight of the centring term.
-
-    Returns:
-        A scalar, float32 (float64 if an input is); 0 with a graph for an empty batch.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype, shape, device, or a coefficient that is negative or NaN.
-    """
-    check_tensor("pairwise_loss", "chosen", chosen, dtypes=FLOATS)
-    if chosen.dim() != 1:
-        raise ValueError(f"pairwise_loss: chosen must be [B], got {list(chosen.shape)}")
-    like: dict[str, Any] = {"dtypes": FLOATS, "shape": chosen.shape, "rule": "[B]", "device": chosen.device}
-    check_tensor("pairwise_loss", "rejected", rejected, **like)
-    if isinstance(margin, Tensor):
-        check_tensor("pairwise_loss", "margin", margin, **like)
-        margin = _precise(margin)
-    if not 0 <= center_coef < inf:
-        raise ValueError(f"pairwise_loss: center_coef must be finite and not negative, got {center_coef}")
-    better, worse = _precise(chosen), _precise(rejected)
-    gap = better - worse if margin is None else better - worse - margin
-    loss = -torch.nn.functional.logsigmoid(gap)
-    if center_coef:
-        loss = loss + center_coef * (better + worse) ** 2
-    return loss.sum() / max(len(chosen), 1)
+    return kl_and_slope(precise(logprobs) - precise(ref_logprobs), kind)[0]
 
 
 def masked_mean(
@@ -100,8 +59,8 @@ def masked_mean(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device.
     """
-    _check_masked("masked_mean", x, mask)
-    total = torch.where(mask, _precise(x), 0)
+    check_masked("masked_mean", x, mask)
+    total = torch.where(mask, precise(x), 0)
     if dim is None:
         return total.sum() / mask.sum().clamp(min=1)
     return total.sum(dim) / mask.sum(dim).clamp(min=1)
@@ -130,7 +89,7 @@ def whiten(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or a group and an ``x`` that wants a gradient.
     """
-    _check_masked("whiten", x, mask)
+    check_masked("whiten", x, mask)
     if group is not None and x.requires_grad:
         raise ValueError("whiten: x must be detached where a group is given, no gradient crosses ranks")
     values = torch.where(mask, x, 0).double()
@@ -141,7 +100,7 @@ def whiten(
     (squares,) = _reduced([(deviation**2).sum()], group)
     variance = squares / (count - (1 if unbiased else 0)).clamp(min=1)
     scaled = deviation * torch.rsqrt(variance + 1e-8)
-    return _precise(torch.where(mask, scaled if shift_mean else scaled + mean, 0), x.dtype)
+    return precise(torch.where(mask, scaled if shift_mean else scaled + mean, 0), x.dtype)
 
 
 class AdaptiveKL:
@@ -173,15 +132,6 @@ class AdaptiveKL:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a ``state_dict``."""
         self.value = float(state["value"])
-
-
-def _precise(x: Tensor, like: torch.dtype | None = None) -> Tensor:
-    return x.to(torch.float64 if (like or x.dtype) == torch.float64 else torch.float32)
-
-
-def _check_masked(name: str, x: Tensor, mask: Tensor) -> None:
-    check_tensor(name, "x", x, dtypes=FLOATS)
-    check_tensor(name, "mask", mask, dtypes=(torch.bool,), shape=x.shape, rule="like x", device=x.device)
 
 
 def _reduced(sums: list[Tensor], group: Any) -> list[Tensor]:
