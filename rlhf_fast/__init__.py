@@ -36,6 +36,8 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "GRPOConfig": "rlhf_fast.trainers.grpo",
+    "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
     "RewardConfig": "rlhf_fast.trainers.reward",
@@ -46,6 +48,8 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KLOutput",
     "LogprobsOutput",
     "PPOConfig",

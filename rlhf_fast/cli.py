@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "teach a language model from demonstrations",
     "reward": "train a reward model from pairs of answers",
     "ppo": "optimise a reward with PPO",
+    "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
@@ -53,6 +54,15 @@ SOURCES: dict[str, Sources] = {
         "critic": (f"the model that the critic starts from: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/ppo"),
+        "resume": RESUME,
+    },
+    "grpo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "prompts": (f"prompts: {FILES}", ...),
+        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
+        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/grpo"),
         "resume": RESUME,
     },
     "generate": {
@@ -163,7 +173,7 @@ def run_command(name: str, argv: list[str]) -> None:
         trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
         resume = sources.pop("resume")
         check_folder(sources["output_dir"], run=resume)  # before the models are loaded
-        if name == "ppo":
+        if "reward" in sources:
             sources["reward"] = reward_function(sources["reward"])
         trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
 
@@ -175,7 +185,7 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer"}
+TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer", "grpo": "GRPOTrainer"}
 
 
 def config_class(name: str) -> type:

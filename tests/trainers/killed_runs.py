@@ -40,6 +40,9 @@ def make(kind: str, folder: Path):
         return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind == "grpo":
+        config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
+        return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
     config = rf.PPOConfig(
         steps=6, minibatch_size=1, ppo_epochs=2, max_new_tokens=6, kl_target=0.1, kl_horizon=20.0, **numbers
     )
@@ -86,7 +89,7 @@ def forked(*task) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     make("ppo", None)  # transformers imports its parts when they are first used
-    for kind in ("sft", "reward", "ppo"):
+    for kind in ("sft", "reward", "ppo", "grpo"):
         print(kind, "whole", forked(kind, root / f"{kind} whole", "never"))
         for moment in ("step", "during save", "after save"):
             folder = root / f"{kind} {moment}"

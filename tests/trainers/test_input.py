@@ -9,7 +9,7 @@ TOKENIZER = tiny_tokenizer()
 DEMOS = {"data": [{"prompt": "the movie", "response": " was good"}]}
 PAIRS = {"data": [{"prompt": "the movie", "chosen": " was good", "rejected": " was bad"}]}
 PROMPTS = {"prompts": [{"prompt": "the movie"}], "reward": lambda prompts, responses: [0.0] * len(prompts)}
-TRAINERS = [(rf.SFTTrainer, DEMOS), (rf.RewardTrainer, PAIRS), (rf.PPOTrainer, PROMPTS)]
+TRAINERS = [(rf.SFTTrainer, DEMOS), (rf.RewardTrainer, PAIRS), (rf.PPOTrainer, PROMPTS), (rf.GRPOTrainer, PROMPTS)]
 
 
 @pytest.mark.parametrize(("trainer", "given"), TRAINERS)
