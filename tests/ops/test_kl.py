@@ -188,6 +188,21 @@ def test_two_dtypes(run, device):
         assert torch.allclose(ours.cpu().double(), theirs, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_row_has_the_same_bits_at_any_address(run, device, gradient, dtype):
+    # Misaligned pointers miscompile in Triton (flash-attn, CCE), and 16 bytes are loaded in another way than one logit.
+    *values, chosen = case((2, 5000), dtype, seed=11)
+    expected = None
+    for offset, gap in ((0, 0), (8, 8), (1, 0), (4, 8), (0, 3), (7, 1)):
+        moved = [torch.zeros(offset + 2 * (5000 + gap), dtype=dtype, device=device)[offset:] for _ in values]
+        moved = [x.view(2, -1)[:, :5000].copy_(value) for x, value in zip(moved, values, strict=True)]
+        ids = torch.zeros(2 + offset, dtype=torch.int32, device=device)[offset:].copy_(chosen)
+        upstream = torch.tensor([[0.3, -2.0], [1.1, 0.5], [-0.7, 0.2]])
+        out = [*(o.cpu() for o in run(*moved, ids)), gradient(*moved, ids, upstream=upstream)]
+        expected = expected or out
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(out, expected, strict=True)), (offset, gap)
+
+
 def test_an_id_out_of_range(run, device, looks_at_ids):
     logits, ids = torch.zeros(3, 5, device=device), torch.tensor([0, 5, 2], device=device)
     if not looks_at_ids:

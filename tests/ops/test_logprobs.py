@@ -203,6 +203,23 @@ def test_threads_change_no_bit():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_row_has_the_same_bits_at_any_address(run, device, gradient, dtype):
+    # Misaligned pointers miscompile in Triton (flash-attn, CCE), and 16 bytes are loaded in another way than one logit.
+    values, chosen = case((2, 5000), dtype, seed=11)
+    expected = None
+    for offset, gap in ((0, 0), (8, 8), (1, 0), (4, 8), (0, 3), (7, 1)):
+        logits = torch.zeros(offset + 2 * (5000 + gap), dtype=dtype, device=device)[offset:].view(2, -1)[:, :5000]
+        ids, mask = torch.zeros(2 + offset, dtype=torch.int32, device=device)[offset:], None
+        logits.copy_(values), ids.copy_(chosen)
+        if offset:
+            mask = torch.ones(2 + offset, dtype=torch.bool, device=device)[offset:]
+        upstream = torch.tensor([[0.3, -2.0], [1.1, 0.5], [-0.7, 0.2]])
+        out = [*(o.cpu() for o in run(logits, ids, mask)), gradient(logits, ids, mask, upstream=upstream)]
+        expected = expected or out
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(out, expected, strict=True)), (offset, gap)
+
+
 def test_an_id_out_of_range(run, device, looks_at_ids):
     logits = torch.zeros(4, 5, device=device)
     for bad in (5, -1, -100):
