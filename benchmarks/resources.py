@@ -74,6 +74,16 @@ def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strid
     return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
 
 
+def ppo_loss_backward_call(dtype: torch.dtype, given: str, strided: bool, length: int) -> list:
+    """Arguments of the Triton function ``ppo_loss_backward``."""
+    *_, logprobs, values, entropy = ppo_loss_call(dtype, given, "k1", "token_mean", strided, length)
+    made = [
+        g if name in "l" + given else g.new_empty(0) for name, g in zip("lve", (logprobs, values, entropy), strict=True)
+    ]
+    grads = [torch.empty(*g.shape, 2, dtype=dtype)[..., 0] if strided else torch.empty_like(g) for g in made]
+    return [torch.ones((), dtype=dtype), *grads, *made]
+
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -100,6 +110,14 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
             (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
             (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
+        )
+    },
+    "ppo_loss_backward": {
+        f"{str(dtype).removeprefix('torch.')} {name} backward": partial(ppo_loss_backward_call, dtype, given, strided)
+        for dtype, name, given, strided in (
+            (torch.float32, "policy", "", False),
+            (torch.float32, "all", "ve", False),
+            (torch.float64, "all strided", "ve", True),
         )
     },
 }
