@@ -9,23 +9,7 @@ import torch
 
 import triton
 import triton.language as tl
-from rlhf_fast.triton_kernels.rows import (
-    LOWEST,
-    clear,
-    constants,
-    counts,
-    folded,
-    load,
-    merged,
-    offset,
-    only_at,
-    quarters,
-    raised,
-    sided,
-    store,
-    sum_of,
-    tree_sum,
-)
+from rlhf_fast.triton_kernels import rows
 
 #: Stands for an exponential or a weight that is 0, where 0 times infinity would be NaN.
 LEAST = tl.constexpr(1e-30)
@@ -65,46 +49,46 @@ def kl_kernel(
     dtype: tl.constexpr = kl_ptr.dtype.element_ty
     scale = tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
-    size = sided(size, SIDE)
-    if not counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+    size = rows.sided(size, SIDE)
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
         zero = tl.zeros([], dtype)
         _put(kl_ptr, logprobs_ptr, ref_logprobs_ptr, entropy_ptr, lse_ptr, ref_lse_ptr, row,
                zero, zero, zero, zero, zero, zero, ids_ptr is not None)  # fmt: skip
         return
-    at = offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
-    ref_at = offset(row, rows_middle, rows_inner, ref_stride_o, ref_stride_m, ref_stride_i)
-    logits_ptr += sided(at, SIDE)
-    ref_ptr += sided(ref_at, SIDE)
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    ref_at = rows.offset(row, rows_middle, rows_inner, ref_stride_o, ref_stride_m, ref_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
+    ref_ptr += rows.sided(ref_at, SIDE)
     top = tl.full([BLOCK // 4], float("-inf"), dtype)
     total = tl.zeros([BLOCK // 4], dtype)
     dot, cross, ref_top, ref_total = total, total, top, total
     start = row * 0
     while start < size:
-        z = quarters(load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK) * scale)
-        w = quarters(load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK) * scale)
-        top, base, shift = raised(top, z)
-        ref_top, ref_base, ref_shift = raised(ref_top, w)
+        z = rows.quarters(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK) * scale)
+        w = rows.quarters(rows.load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK) * scale)
+        top, base, shift = rows.raised(top, z)
+        ref_top, ref_base, ref_shift = rows.raised(ref_top, w)
         weight, d, ref_d = _weight(shift), z - base[None, None, :], w - ref_base[None, None, :]
-        e, d = tl.exp(d), tl.maximum(d, LOWEST)
+        e, d = tl.exp(d), tl.maximum(d, rows.LOWEST)
         # Where only the reference excludes a token this is infinite, however small e.
         terms = tl.where(z == float("-inf"), 0.0, tl.maximum(e, LEAST) * (d - ref_d))
-        cross = tl.fma(tl.fma(total, shift - ref_shift, cross), weight, sum_of(terms))
-        dot = tl.fma(tl.fma(total, shift, dot), weight, sum_of(e * d))
-        total = tl.fma(total, weight, sum_of(e))
-        ref_total = tl.fma(ref_total, tl.exp(ref_shift), sum_of(tl.exp(ref_d)))
+        cross = tl.fma(tl.fma(total, shift - ref_shift, cross), weight, rows.sum_of(terms))
+        dot = tl.fma(tl.fma(total, shift, dot), weight, rows.sum_of(e * d))
+        total = tl.fma(total, weight, rows.sum_of(e))
+        ref_total = tl.fma(ref_total, tl.exp(ref_shift), rows.sum_of(tl.exp(ref_d)))
         start += BLOCK
-    base, shift = merged(top)
-    ref_base, ref_shift = merged(ref_top)
+    base, shift = rows.merged(top)
+    ref_base, ref_shift = rows.merged(ref_top)
     weight = _weight(shift)
-    cross = tree_sum((cross + total * (shift - ref_shift)) * weight)
-    dot = tree_sum((dot + total * shift) * weight)
-    total = tree_sum(total * weight)
-    ref_total = tree_sum(ref_total * tl.exp(ref_shift))
+    cross = rows.tree_sum((cross + total * (shift - ref_shift)) * weight)
+    dot = rows.tree_sum((dot + total * shift) * weight)
+    total = rows.tree_sum(total * weight)
+    ref_total = rows.tree_sum(ref_total * tl.exp(ref_shift))
     log_total, ref_log_total = tl.log(total), tl.log(ref_total)
     kl = cross / total - log_total + ref_log_total
     logprob, ref_logprob = log_total, log_total
     if ids_ptr is not None:
-        chosen = tl.load(ids_ptr + offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
+        chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
         inside = (chosen >= 0) & (chosen < size)
         chosen = chosen.to(tl.int64)
         z = tl.load(logits_ptr + chosen * logits_stride_v, mask=inside, other=float("nan")).to(dtype) * scale
@@ -126,10 +110,10 @@ def kl_backward_kernel(
     dtype: tl.constexpr = upstream_ptr.dtype.element_ty
     scale = tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
-    size = sided(size, SIDE)
+    size = rows.sided(size, SIDE)
     grad_ptr += row * size
-    if not counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
-        clear(grad_ptr, size, BLOCK)
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+        rows.clear(grad_ptr, size, BLOCK)
         return
     upstream_ptr += row * 7
     k, g, h = tl.load(upstream_ptr), tl.load(upstream_ptr + 1), tl.load(upstream_ptr + 2)
@@ -137,22 +121,22 @@ def kl_backward_kernel(
     lse, ref_lse = tl.load(upstream_ptr + 5), tl.load(upstream_ptr + 6)
     chosen = row * 0 - 1
     if ids_ptr is not None:
-        at = offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i)
+        at = rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i)
         chosen = tl.load(ids_ptr + at).to(tl.int64)
         g = tl.where(((chosen >= 0) & (chosen < size)) | (g == 0), g, float("nan"))
-    at = offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
-    logits_ptr += sided(at, SIDE)
-    at = offset(row, rows_middle, rows_inner, ref_stride_o, ref_stride_m, ref_stride_i)
-    ref_ptr += sided(at, SIDE)
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
+    at = rows.offset(row, rows_middle, rows_inner, ref_stride_o, ref_stride_m, ref_stride_i)
+    ref_ptr += rows.sided(at, SIDE)
     start = row * 0
     while start < size:
-        logp = tl.fma(load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), scale, -lse)
-        ref_logp = tl.fma(load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK), scale, -ref_lse)
+        logp = tl.fma(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), scale, -lse)
+        ref_logp = tl.fma(rows.load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK), scale, -ref_lse)
         # An infinite KL that nobody asks about must not reach the gradient as 0 * inf.
         slope = tl.fma(-h, logp + entropy, tl.where(k == 0, 0.0, k * (logp - ref_logp - kl)) - g)
         dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * slope)
-        dz += only_at(chosen, start, g, BLOCK)
-        store(grad_ptr, start, size, dz * scale, BLOCK)
+        dz += rows.only_at(chosen, start, g, BLOCK)
+        rows.store(grad_ptr, start, size, dz * scale, BLOCK)
         start += BLOCK
 
 
@@ -173,7 +157,7 @@ def kl(
     if kl.numel() == 0:
         return
     outputs = kl, logprobs, ref_logprobs, entropy, lse, ref_lse
-    fold = folded(logits[..., 0], ref_logits[..., 0], kl if ids is None else ids, kl if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ref_logits[..., 0], kl if ids is None else ids, kl if mask is None else mask)
     if fold is None:  # many dimensions in no order: a launch for each index of the first
         for i in range(logits.shape[0]):
             tensors = (None if t is None else t[i] for t in (logits, ref_logits, ids, mask))
@@ -186,7 +170,7 @@ def kl(
         ids, *of_ids,
         mask, *of_mask,
         *outputs, *shape[1:], logits.shape[-1], temperature,
-        **constants(kl.dtype, logits, ref_logits),
+        **rows.constants(kl.dtype, logits, ref_logits),
     )  # fmt: skip
 
 
@@ -209,7 +193,7 @@ def kl_backward(
     if grad.numel() == 0:
         return
     numbers = grad_kl, grad_logprobs, grad_entropy, kl, entropy, lse, ref_lse
-    fold = folded(logits[..., 0], ref_logits[..., 0], kl if ids is None else ids, kl if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ref_logits[..., 0], kl if ids is None else ids, kl if mask is None else mask)
     if fold is None:
         for i in range(logits.shape[0]):
             part = [t[i] if t is not None and t.numel() else t for t in (*numbers, ids, mask)]
@@ -224,7 +208,7 @@ def kl_backward(
         ids, *of_ids,
         mask, *of_mask,
         grad, *shape[1:], logits.shape[-1], temperature,
-        **constants(kl.dtype, logits, ref_logits, grad, sums=False),
+        **rows.constants(kl.dtype, logits, ref_logits, grad, sums=False),
     )  # fmt: skip
 
 

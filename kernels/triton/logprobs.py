@@ -8,23 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
-from rlhf_fast.triton_kernels.rows import (
-    LOWEST,
-    clear,
-    constants,
-    counts,
-    folded,
-    load,
-    merged,
-    offset,
-    only_at,
-    quarters,
-    raised,
-    sided,
-    store,
-    sum_of,
-    tree_sum,
-)
+from rlhf_fast.triton_kernels import rows
 
 
 @triton.jit
@@ -65,35 +49,35 @@ def logprobs_kernel(
     dtype: tl.constexpr = logprobs_ptr.dtype.element_ty
     softcap, scale = tl.full([], softcap, dtype), tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
-    size = sided(size, SIDE)
-    if not counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+    size = rows.sided(size, SIDE)
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
         zero = tl.zeros([], dtype)
         tl.store(logprobs_ptr + row, zero)
         tl.store(entropy_ptr + row, zero)
         tl.store(lse_ptr + row, zero)
         return
-    at = offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
-    logits_ptr += sided(at, SIDE)
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
     top = tl.full([BLOCK // 4], float("-inf"), dtype)
     total, dot = tl.zeros([BLOCK // 4], dtype), tl.zeros([BLOCK // 4], dtype)
     start = row * 0
     while start < size:
-        x = load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK)
+        x = rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK)
         z = _capped(x, softcap, CAPPED) * scale
         if CAPPED:
             z = tl.where(tl.arange(0, BLOCK) < size - start, z, float("-inf"))
-        z = quarters(z)
-        top, base, shift = raised(top, z)
+        z = rows.quarters(z)
+        top, base, shift = rows.raised(top, z)
         weight, d = tl.exp(shift), z - base[None, None, :]
         e = tl.exp(d)
-        dot = tl.fma(tl.fma(total, shift, dot), weight, sum_of(e * tl.maximum(d, LOWEST)))
-        total = tl.fma(total, weight, sum_of(e))
+        dot = tl.fma(tl.fma(total, shift, dot), weight, rows.sum_of(e * tl.maximum(d, rows.LOWEST)))
+        total = tl.fma(total, weight, rows.sum_of(e))
         start += BLOCK
-    base, shift = merged(top)
+    base, shift = rows.merged(top)
     weight = tl.exp(shift)
-    dot = tree_sum((dot + total * shift) * weight)
-    total = tree_sum(total * weight)
-    chosen = tl.load(ids_ptr + offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
+    dot = rows.tree_sum((dot + total * shift) * weight)
+    total = rows.tree_sum(total * weight)
+    chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
     inside = (chosen >= 0) & (chosen < size)
     x = tl.load(logits_ptr + chosen.to(tl.int64) * logits_stride_v, mask=inside, other=0.0).to(dtype)
     z = _capped(x, softcap, CAPPED) * scale
@@ -117,27 +101,27 @@ def logprobs_backward_kernel(
     dtype: tl.constexpr = upstream_ptr.dtype.element_ty
     softcap, scale = tl.full([], softcap, dtype), tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
-    size = sided(size, SIDE)
+    size = rows.sided(size, SIDE)
     grad_ptr += row * size
-    if not counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
-        clear(grad_ptr, size, BLOCK)
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+        rows.clear(grad_ptr, size, BLOCK)
         return
     upstream_ptr += row * 5
     g, h, up = tl.load(upstream_ptr), tl.load(upstream_ptr + 1), tl.load(upstream_ptr + 2)
     entropy, lse = tl.load(upstream_ptr + 3), tl.load(upstream_ptr + 4)
-    chosen = tl.load(ids_ptr + offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
-    at = offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
-    logits_ptr += sided(at, SIDE)
+    chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
     start = row * 0
     while start < size:
-        capped = _capped(load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), softcap, CAPPED)
+        capped = _capped(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), softcap, CAPPED)
         logp = tl.fma(capped, scale, -lse)
         dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * tl.fma(-h, logp + entropy, up - g))
-        dz += only_at(chosen, start, g, BLOCK)
+        dz += rows.only_at(chosen, start, g, BLOCK)
         if CAPPED:
             bound = capped / softcap
             dz *= tl.fma(-bound, bound, 1.0)
-        store(grad_ptr, start, size, dz * scale, BLOCK)
+        rows.store(grad_ptr, start, size, dz * scale, BLOCK)
         start += BLOCK
 
 
@@ -154,8 +138,7 @@ def logprobs(
     """Fill the outputs (rlhf_fast/ops/logprobs.py says what with)."""
     if ids.numel() == 0:
         return
-    rows = logits[..., 0]
-    fold = folded(rows, ids, ids if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ids, ids if mask is None else mask)
     if fold is None:  # many dimensions in no order: a launch for each index of the first
         for i in range(logits.shape[0]):
             part = None if mask is None else mask[i]
@@ -169,7 +152,7 @@ def logprobs(
         logprobs, entropy, lse,
         *shape[1:], logits.shape[-1],
         softcap or 0.0, temperature,
-        CAPPED=softcap is not None, **constants(lse.dtype, logits),
+        CAPPED=softcap is not None, **rows.constants(lse.dtype, logits),
     )  # fmt: skip
 
 
@@ -190,7 +173,7 @@ def logprobs_backward(
     if ids.numel() == 0:
         return
     numbers = grad_logprobs, grad_entropy, grad_lse, entropy, lse
-    fold = folded(logits[..., 0], ids, ids if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ids, ids if mask is None else mask)
     if fold is None:
         for i in range(logits.shape[0]):
             part = [None if t is None else t[i] for t in (*numbers[:3], logits, ids, *numbers[3:], mask)]
@@ -204,7 +187,7 @@ def logprobs_backward(
         mask, *of_mask,
         grad, *shape[1:], logits.shape[-1],
         softcap or 0.0, temperature,
-        CAPPED=softcap is not None, **constants(lse.dtype, logits, grad, sums=False),
+        CAPPED=softcap is not None, **rows.constants(lse.dtype, logits, grad, sums=False),
     )  # fmt: skip
 
 

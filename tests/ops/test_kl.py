@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import kl, logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -31,28 +30,15 @@ def oracle(logits, ref_logits, ids, temperature=1.0):
 
 
 @pytest.fixture
-def looks_at_ids(request, device):
-    """A kernel for GPUs cannot raise, also where it runs on the CPU."""
-    return device == "cpu" and request.node.callspec.params["run"][1] in ("reference", "cpp")
-
-
-@pytest.fixture
-def gradient(request, run, device):
+def gradient(run, run_backward, device):
     """The gradient of the logits, forward and backward both by the implementation under test."""
-    _, name = request.node.callspec.params["run"]
-    if name == "simt":
-        from simt.build import simt_implementation
-
-        backward = simt_implementation("kl_backward")
-    else:
-        backward = IMPLEMENTATIONS["kl_backward"].get(name, IMPLEMENTATIONS["kl_backward"]["reference"])
 
     def compute(logits, ref_logits, ids, mask=None, *, upstream, temperature=1.0):
         tensors = [None if t is None else t.to(device) for t in (logits, ref_logits, ids, mask)]
         divergence, _, _, entropy, lse, ref_lse = run(*tensors, temperature=temperature)
         grads = (u.to(device, lse.dtype) for u in upstream)
         saved = divergence, entropy, lse, ref_lse
-        return backward(*grads, *tensors[:2], *saved, *tensors[2:], temperature=temperature).cpu()
+        return run_backward(*grads, *tensors[:2], *saved, *tensors[2:], temperature=temperature).cpu()
 
     return compute
 

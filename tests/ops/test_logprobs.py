@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import logprobs
 from rlhf_fast.ops.logprobs import CHUNK, backward, reference
 
@@ -33,27 +32,14 @@ def oracle(logits, ids, temperature=1.0, softcap=None):
 
 
 @pytest.fixture
-def looks_at_ids(request, device):
-    """A kernel for GPUs cannot raise, also where it runs on the CPU."""
-    return device == "cpu" and request.node.callspec.params["run"][1] in ("reference", "cpp")
-
-
-@pytest.fixture
-def gradient(request, run, device):
+def gradient(run, run_backward, device):
     """The gradient of the logits, forward and backward both by the implementation under test."""
-    _, name = request.node.callspec.params["run"]
-    if name == "simt":
-        from simt.build import simt_implementation
-
-        backward = simt_implementation("logprobs_backward")
-    else:
-        backward = IMPLEMENTATIONS["logprobs_backward"].get(name, IMPLEMENTATIONS["logprobs_backward"]["reference"])
 
     def compute(logits, ids, mask=None, *, upstream, **numbers):
         logits, ids, mask = (None if t is None else t.to(device) for t in (logits, ids, mask))
         _, entropy, lse = run(logits, ids, mask, **numbers)
         grads = (u.to(device, lse.dtype) for u in upstream)
-        return backward(*grads, logits, ids, entropy, lse, mask, **{"temperature": 1.0, **numbers}).cpu()
+        return run_backward(*grads, logits, ids, entropy, lse, mask, **{"temperature": 1.0, **numbers}).cpu()
 
     return compute
 
