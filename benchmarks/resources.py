@@ -20,11 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from row_calls import ROW_CALLS
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
 ARCHITECTURES = (80, 90, 100, 120)
 LENGTHS = (1000, 1, 16, 33, 4096)  # each variant must compile once for all of them
+#: In PTX, from a label to where it goes back there.
+LOOP = r"^(\$L__BB\w+):(.*?bra\S*\s+\1;)"
 NVCC_FLAGS = ["-cubin", "-std=c++17", "-O3", "-Xptxas=-warn-spills,-Werror", f"-I{ROOT / 'csrc'}"]
 
 
@@ -37,7 +40,8 @@ class Resources(NamedTuple):
     shared: int
     stack: int
     local: int
-    scan: str = ""  # of a Triton kernel: the layouts of its scans, which decide their bits
+    load: int = 0  # of a Triton kernel: bytes of the widest load in its loops
+    scan: str = ""  # the layouts of its scans, which decide their bits
 
 
 def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
@@ -48,29 +52,6 @@ def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length
     last_values = None if offsets is None else torch.empty(4, dtype=dtype)
     mask = torch.empty(shape, dtype=torch.bool)
     return [rewards, values, mask, last_values, cu_seqlens, 0.99, 0.95, holes, advantages, returns]
-
-
-def logprobs_call(dtype: torch.dtype, index: torch.dtype, softcap: float | None, masked: bool, length: int) -> list:
-    """Arguments of the Triton function ``logprobs``."""
-    rows = [torch.empty(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for _ in range(3)]
-    mask = torch.empty(4, dtype=torch.bool) if masked else None
-    return [torch.empty(4, length, dtype=dtype), torch.empty(4, dtype=index), mask, 0.7, softcap, *rows]
-
-
-def logprobs_backward_call(
-    dtype: torch.dtype, index: torch.dtype, softcap: float | None, masked: bool, length: int
-) -> list:
-    """Arguments of the Triton function ``logprobs_backward``."""
-    logits, ids, mask, temperature, softcap, *rows = logprobs_call(dtype, index, softcap, masked, length)
-    return [*rows, logits, ids, *rows[1:], mask, temperature, softcap, torch.empty_like(logits)]
-
-
-LOGPROBS_VARIANTS = (
-    (torch.float32, torch.int64, None, False),
-    (torch.bfloat16, torch.int64, None, True),
-    (torch.float16, torch.int32, 30.0, True),
-    (torch.float64, torch.int64, None, True),
-)
 
 
 def long_gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
@@ -93,6 +74,16 @@ def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strid
     return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
 
 
+def ppo_loss_backward_call(dtype: torch.dtype, given: str, strided: bool, length: int) -> list:
+    """Arguments of the Triton function ``ppo_loss_backward``."""
+    *_, logprobs, values, entropy = ppo_loss_call(dtype, given, "k1", "token_mean", strided, length)
+    made = [
+        g if name in "l" + given else g.new_empty(0) for name, g in zip("lve", (logprobs, values, entropy), strict=True)
+    ]
+    grads = [torch.empty(*g.shape, 2, dtype=dtype)[..., 0] if strided else torch.empty_like(g) for g in made]
+    return [torch.ones((), dtype=dtype), *grads, *made]
+
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -109,15 +100,7 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
         "float32 skip long": partial(long_gae_call, torch.float32, "skip", None),
         "float32 zero long packed": partial(long_gae_call, torch.float32, "zero", torch.int64),
     },
-    **{
-        op: {
-            f"{op}{' softcap' if cap else ''}{' mask' if masked else ''} {str(dtype).removeprefix('torch.')}": partial(
-                call, dtype, index, cap, masked
-            )
-            for dtype, index, cap, masked in LOGPROBS_VARIANTS
-        }
-        for op, call in (("logprobs", logprobs_call), ("logprobs_backward", logprobs_backward_call))
-    },
+    **ROW_CALLS,
     "ppo_loss": {
         f"{str(dtype).removeprefix('torch.')} {name}": partial(ppo_loss_call, dtype, given, kl, aggregate, strided)
         for dtype, name, given, kl, aggregate, strided in (
@@ -127,6 +110,14 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
             (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
             (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
+        )
+    },
+    "ppo_loss_backward": {
+        f"{str(dtype).removeprefix('torch.')} {name} backward": partial(ppo_loss_backward_call, dtype, given, strided)
+        for dtype, name, given, strided in (
+            (torch.float32, "policy", "", False),
+            (torch.float32, "all", "ve", False),
+            (torch.float64, "all strided", "ve", True),
         )
     },
 }
@@ -205,7 +196,10 @@ def measured(kernel, variant: str, architecture: int) -> Resources:
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ir, re.MULTILINE))
     scans = re.findall(r'"tt\.scan".*?\}\) : \([^)]*?(#\w+)>', ir, re.DOTALL)
     scan = "; ".join(sorted({layouts[name] for name in scans}))
-    return resources._replace(kernel=f"{name}, {variant}", shared=kernel.metadata.shared, scan=scan)
+    loops = " ".join(body for _, body in re.findall(LOOP, kernel.asm["ptx"], re.DOTALL | re.MULTILINE))
+    loads = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", loops)]
+    resources = resources._replace(shared=kernel.metadata.shared, load=max(loads, default=0), scan=scan)
+    return resources._replace(kernel=f"{name}, {variant}")
 
 
 def nvcc_resources() -> list[Resources]:

@@ -52,12 +52,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("run", "device"), cases, ids=ids, indirect=["run"])
 
 
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> Callable:
-    """One implementation: a function with the arguments of the op's schema."""
-    op, name = request.param
+def implementation(op: str, name: str) -> Callable:
+    """One implementation of an op: a function with the arguments of its schema."""
     if name == "simt":
         from simt.build import simt_implementation
 
         return simt_implementation(op)
     return dispatch.IMPLEMENTATIONS[op][name]
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Callable:
+    """The form of the op under test."""
+    return implementation(*request.param)
+
+
+@pytest.fixture
+def run_backward(request: pytest.FixtureRequest, run: Callable) -> Callable:
+    """Its gradient, of the same form."""
+    op, name = request.node.callspec.params["run"]
+    return implementation(f"{op}_backward", name)
+
+
+@pytest.fixture
+def looks_at_ids(request: pytest.FixtureRequest, device: str) -> bool:
+    """A kernel for GPUs cannot raise, also where it runs on the CPU."""
+    return device == "cpu" and request.node.callspec.params["run"][1] in ("reference", "cpp")

@@ -98,25 +98,14 @@ struct Pair {
       infinite |= only_ref;
     }
   }
-  __device__ void merge_block() {
-    __shared__ Pair<A> warps[WARPS];
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-      Pair other;
-      other.policy.top = __shfl_xor_sync(ALL, policy.top, distance);
-      other.policy.total = __shfl_xor_sync(ALL, policy.total, distance);
-      other.policy.dot = __shfl_xor_sync(ALL, policy.dot, distance);
-      other.ref_top = __shfl_xor_sync(ALL, ref_top, distance);
-      other.ref_total = __shfl_xor_sync(ALL, ref_total, distance);
-      other.cross = __shfl_xor_sync(ALL, cross, distance);
-      other.infinite = __shfl_xor_sync(ALL, infinite, distance);
-      merge(other);
-    }
-    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = *this;
-    __syncthreads();
-    *this = warps[0];
-#pragma unroll 1
-    for (int w = 1; w < WARPS; w++) merge(warps[w]);
+  __device__ Pair across(int distance) const {
+    Pair other;
+    other.policy = policy.across(distance);
+    other.ref_top = __shfl_xor_sync(ALL, ref_top, distance);
+    other.ref_total = __shfl_xor_sync(ALL, ref_total, distance);
+    other.cross = __shfl_xor_sync(ALL, cross, distance);
+    other.infinite = __shfl_xor_sync(ALL, infinite, distance);
+    return other;
   }
   __device__ A ref_base() const { return ref_total == A(0) ? A(0) : ref_top; }
   __device__ A kl() const {
@@ -147,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, std::is_void_v<T> ? 1 : 3) kl_kernel(
     load<T>(args.ref, i, first, args.size, args.per_temperature, w);
     pair.add(z, w);
   }
-  pair.merge_block();
+  merge_block(pair);
   if (!writes) return;
   const A log_total = log(pair.policy.total), ref_log_total = log(pair.ref_total);
   out.kl[i] = pair.kl();

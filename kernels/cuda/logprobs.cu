@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
       z[k] = Items<T, VECTOR>::place(at, k) < args.size ? args.scaling(widen(items[k])) : A(-INFINITY);
     softmax.add(z);
   }
-  softmax.merge_block();
+  merge_block(softmax);
   if (threadIdx.x != 0) return;
   const int64_t id = args.choices.id(i);
   const bool inside = id >= 0 && id < args.size;

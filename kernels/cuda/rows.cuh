@@ -159,27 +159,31 @@ struct Softmax {
       dot += e == A(0) ? A(0) : e * d;  // 0 * -inf
     }
   }
-  // Of all threads of the block; each gets it.
-  __device__ void merge_block() {
-    __shared__ Softmax<A> warps[WARPS];
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-      Softmax other;
-      other.top = __shfl_xor_sync(ALL, top, distance);
-      other.total = __shfl_xor_sync(ALL, total, distance);
-      other.dot = __shfl_xor_sync(ALL, dot, distance);
-      merge(other);
-    }
-    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = *this;
-    __syncthreads();
-    *this = warps[0];
-#pragma unroll 1
-    for (int w = 1; w < WARPS; w++) merge(warps[w]);
+  // That of the thread whose lane differs in the bit `distance`.
+  __device__ Softmax across(int distance) const {
+    Softmax other;
+    other.top = __shfl_xor_sync(ALL, top, distance);
+    other.total = __shfl_xor_sync(ALL, total, distance);
+    other.dot = __shfl_xor_sync(ALL, dot, distance);
+    return other;
   }
   // A row of nothing but -inf has the logsumexp -inf and no entropy.
   __device__ A base() const { return total == A(0) ? A(0) : top; }
   __device__ A entropy() const { return log(total) - dot / total; }
 };
+
+// Of all threads of the block, in a fixed tree; each gets it.
+template <class Sums>
+__device__ void merge_block(Sums& sums) {
+  __shared__ Sums warps[WARPS];
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) sums.merge(sums.across(distance));
+  if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sums;
+  __syncthreads();
+  sums = warps[0];
+#pragma unroll 1
+  for (int w = 1; w < WARPS; w++) sums.merge(warps[w]);
+}
 
 template <class A>
 struct Numbers {  // one per row
