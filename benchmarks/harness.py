@@ -62,7 +62,8 @@ def device_name(device: str) -> str:
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """``torch.compile`` at its best setting for one shape."""
+    """``torch.compile`` at its best setting for one shape; anew each time, for it gives up a function after eight."""
+    torch.compiler.reset()
     return torch.compile(function, dynamic=False, **(TUNED if device == "cuda" else {}))
 
 
@@ -235,8 +236,8 @@ def _large(device: str) -> torch.Tensor:
 
 def graph_seconds(call: Callable, inputs: Sequence[tuple]) -> float:
     """Seconds per call when a round over the inputs is one CUDA graph: the device's share, without the host's."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # a graph wants what it captures to have run on a side stream
         for given in inputs[:3]:
             call(*given)
     torch.cuda.synchronize()
