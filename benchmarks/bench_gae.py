@@ -8,7 +8,7 @@ a plain one, at 512 x 1024 at least 60 and 25 times, and within 3 times a copy o
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets
+from harness import Case, compiled, package_or_formula, sets, turning
 from record import run
 from torch import Tensor
 
@@ -71,7 +71,8 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str], *, packed:
     shape = (tokens,) if packed else (batch, tokens)
     offsets = torch.tensor([0, tokens], device=device) if packed else None
     count = batch * tokens
-    source = torch.randint(256, (count * BYTES_PER_TOKEN // 2,), dtype=torch.uint8, device=device)
+    half = count * BYTES_PER_TOKEN // 2
+    copy = turning(torch.clone, sets(lambda: (torch.randint(256, (half,), dtype=torch.uint8, device=device),), device))
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         return (*(torch.randn(shape, device=device) for _ in range(2)), torch.ones(shape, dtype=torch.bool).to(device))
@@ -90,7 +91,7 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str], *, packed:
         inputs=sets(make, device),
         ours=lambda *tensors: gae(*tensors, cu_seqlens=offsets, **NUMBERS),
         peers=given,
-        floors={"copy": lambda *_: source.clone()},  # into new memory, as the results of gae are
+        floors={"copy": lambda *_: copy()},  # into new memory, as the results of gae are
         agrees=agrees,
     )
 

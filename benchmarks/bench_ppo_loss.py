@@ -8,7 +8,7 @@ scales it. On a GPU one more case goes from the logits to their gradient, agains
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets
+from harness import Case, compiled, package_or_formula, sets, turning
 from record import run
 from torch import Tensor
 
@@ -93,8 +93,10 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str]) -> Case:
         t["logprobs"].requires_grad_(), t["values"].requires_grad_()
         return (*(t[n] for n in NAMES[:3]), mask, *(t[n] for n in NAMES[3:]))
 
-    source = torch.randint(256, (batch * tokens * BYTES_PER_TOKEN // 2,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    half = batch * tokens * BYTES_PER_TOKEN // 2
+    sources = sets(lambda: (torch.randint(256, (half,), dtype=torch.uint8, device=device),), device)
+    target = torch.empty_like(sources[0][0])
+    copy = turning(target.copy_, sources)
     given = {name: gradients_of(call) for name, call in peers(device, notes).items()}
     forms = IMPLEMENTATIONS["ppo_loss"]
     numbers = {
@@ -109,7 +111,7 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str]) -> Case:
         inputs=sets(make, device),
         ours=gradients_of(ours),
         peers=given,
-        floors={"copy": lambda *_: target.copy_(source)},
+        floors={"copy": lambda *_: copy()},
         agrees=agrees,
         forward=ours,
     )
