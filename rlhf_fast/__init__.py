@@ -7,10 +7,12 @@ from typing import Any
 from rlhf_fast.generate import generate
 from rlhf_fast.losses import AdaptiveKL, kl_estimate, masked_mean, pairwise_loss, whiten
 from rlhf_fast.ops import (
+    AdvantagesOutput,
     KLOutput,
     LogprobsOutput,
     PPOLossOutput,
     SampleOutput,
+    advantages,
     gae,
     kl,
     logprobs,
@@ -33,6 +35,7 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "AdvantagesOutput",
     "KLOutput",
     "LogprobsOutput",
     "PPOConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "advantages",
     "gae",
     "generate",
     "kl",
