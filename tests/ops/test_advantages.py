@@ -393,5 +393,6 @@ def test_a_compiled_kernel_called_directly_checks_its_addresses(run, request, de
     zeros = {name: torch.zeros(2, 3) for name in ("logprobs", "ref_logprobs", "values")}
     given = {"scores": torch.zeros(2), **zeros, "mask": torch.ones(2, 3).bool()} | change
     given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    tensors = [given.pop(name, None) for name in TENSORS]
     with pytest.raises(ValueError, match=message):
-        run(*(given.pop(name, None) for name in TENSORS), **given)
+        run(*tensors, **given)
