@@ -76,21 +76,21 @@ struct Moments {
   double count, mean, squares;
 };
 
-// x becomes (x - mean) * scale + shift.
+// x becomes (x - mean) * scale + shift. The mean in two parts, so that float is enough: where x is near the mean the
+// first difference is exact.
+template <class T>
 struct Whitening {
-  double mean, scale, shift;
-
-  template <class T>
-  RLHF_FAST_TOKEN T operator()(T x) const {
-    return static_cast<T>((static_cast<double>(x) - mean) * scale + shift);
-  }
+  T mean, rest, scale, shift;
+  RLHF_FAST_TOKEN T operator()(T x) const { return ((x - mean) - rest) * scale + shift; }
 };
 
-// From sums about the whole batch.
-RLHF_FAST_TOKEN Whitening whitening_of(Moments all, bool shift_mean, bool unbiased) {
-  const double degrees = all.count - unbiased;
-  const double variance = all.squares / (degrees > 1 ? degrees : 1);
-  return {all.mean, 1 / sqrt(variance + 1e-8), shift_mean ? 0 : all.mean};
+// From the moments of the whole batch.
+template <class T>
+RLHF_FAST_TOKEN Whitening<T> whitening_of(Moments all, bool shift_mean, bool unbiased) {
+  const double degrees = all.count - unbiased, variance = all.squares / (degrees > 1 ? degrees : 1);
+  const T mean = static_cast<T>(all.mean);
+  const T rest = static_cast<T>(all.mean - static_cast<double>(mean));
+  return {mean, rest, static_cast<T>(1 / sqrt(variance + 1e-8)), shift_mean ? T(0) : mean};
 }
 
 }  // namespace rlhf_fast

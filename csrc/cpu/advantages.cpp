@@ -131,8 +131,8 @@ CLONES void take_row_of(const Batch<float>& batch, int64_t b, Moments& moments) 
 CLONES void take_row_of(const Batch<double>& batch, int64_t b, Moments& moments) { take_row(batch, b, moments); }
 
 template <class T>
-INLINE void whiten_row(T* advantages, const Row<uint8_t>& mask, int64_t width, const Whitening& whitening) {
-  const Whitening whitened = whitening;  // a local that no store can alias
+INLINE void whiten_row(T* advantages, const Row<uint8_t>& mask, int64_t width, const Whitening<T>& whitening) {
+  const Whitening<T> whitened = whitening;  // a local that no store can alias
   uint8_t room[piece];
   for (int64_t from = 0; from < width; from += piece) {
     const int64_t count = std::min(piece, width - from);
@@ -141,10 +141,12 @@ INLINE void whiten_row(T* advantages, const Row<uint8_t>& mask, int64_t width, c
     for (int64_t i = 0; i < count; i++) x[i] = choose(valid[i] != 0, whitened(x[i]), T(0));
   }
 }
-CLONES void whiten_row_of(float* advantages, const Row<uint8_t>& mask, int64_t width, const Whitening& whitening) {
+CLONES void whiten_row_of(float* advantages, const Row<uint8_t>& mask, int64_t width,
+                          const Whitening<float>& whitening) {
   whiten_row(advantages, mask, width, whitening);
 }
-CLONES void whiten_row_of(double* advantages, const Row<uint8_t>& mask, int64_t width, const Whitening& whitening) {
+CLONES void whiten_row_of(double* advantages, const Row<uint8_t>& mask, int64_t width,
+                          const Whitening<double>& whitening) {
   whiten_row(advantages, mask, width, whitening);
 }
 
@@ -171,7 +173,7 @@ void run(const AdvantagesTensors& t, const AdvantagesNumbers& numbers) {
 #pragma omp parallel for schedule(guided) if (rows * width >= parallel_from)
   for (int64_t b = 0; b < rows; b++) take_row_of(batch, b, moments[b]);
   if (!numbers.whiten) return;
-  const Whitening whitening = whitening_of(together(moments), numbers.shift_mean, numbers.unbiased);
+  const Whitening<T> whitening = whitening_of<T>(together(moments), numbers.shift_mean, numbers.unbiased);
 #pragma omp parallel for schedule(guided) if (rows * width >= parallel_from)
   for (int64_t b = 0; b < rows; b++)
     whiten_row_of(t.advantages.as<T>() + b * width, row_of<uint8_t>(t.mask, b), width, whitening);

@@ -171,8 +171,8 @@ def _fake(scores: Tensor, logprobs: Tensor, *_: Any, **__: Any) -> tuple[Tensor,
 
 
 def _scratch(scores: Tensor, logprobs: Tensor, *_: Any, **__: Any) -> Tensor:
-    # Count, mean and sum of squared deviations of each row, then mean and scale of the batch.
-    return logprobs.new_empty(3 * logprobs.shape[0] + 2, dtype=torch.float64)
+    # Count, mean and sum of squared deviations of each row, and of all.
+    return logprobs.new_empty(3 * (logprobs.shape[0] + 1), dtype=torch.float64)
 
 
 _advantages = define(

@@ -245,6 +245,29 @@ def test_the_scan_is_that_of_gae_bit_for_bit(run, device, request):
             assert torch.equal(ours, theirs.cpu())
 
 
+@pytest.fixture
+def poisoned():
+    """PyTorch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("at", ["last", "next"])
+def test_every_token_is_written(run, device, poisoned, whiten, at):
+    given = case((5, 300), density=0.9)
+    given["mask"][0, 200:], given["mask"][1], given["mask"][2, :250] = False, False, False
+    numbers = {"kl_coef": 0.1, "at": at, "whiten": whiten}
+    given |= {name: given[name].masked_fill(~given["mask"], torch.nan) for name in ("values", "logprobs")}
+    expect_composed(call(run, device, given, **numbers), given, dtype=torch.float32, **numbers)
+
+
+def test_more_rows_than_each_block_puts_together(run, device):
+    given = case((1030, 2), density=0.6)
+    expect_composed(call(run, device, given, kl_coef=0.1), given, dtype=torch.float32, kl_coef=0.1)
+
+
 @pytest.mark.skipif("cpp" not in IMPLEMENTATIONS["advantages"], reason=NOT_BUILT)
 def test_threads_change_no_bit():
     given = case((33, 600))  # enough tokens for the kernel to share out its rows
