@@ -35,47 +35,54 @@ __device__ T kl_reward_of(KL kl, T difference, T price) {
   return kl_reward<Math, KL::abs>(difference, price);
 }
 
-// A thread's share of a chunk, first as it comes from memory.
-template <class T, bool UNIT>
+// A thread's share of a chunk. PLAIN says at compile time that tokens lie side by side and that a row has one score.
+template <class T, bool PLAIN>
 struct Tokens {
-  Items<T> items;
+  Items<T> items;  // with logprobs for rewards, until they are shaped
   T ref_logprobs[ITEMS], scores[ITEMS];
 
-  __device__ void load(const Sequence<T, UNIT>& seq, const Row<const T, UNIT>& refs, const Row<const T, UNIT>& dense,
+  __device__ void load(const Sequence<T, PLAIN>& seq, const Row<const T, PLAIN>& refs, const Row<const T, false>& dense,
                        int64_t top) {
     items.load(seq, top);
     const int64_t t = first_item(top);
+    const T* ref = &refs[t];
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
-      const bool inside = items.inside(k);
-      ref_logprobs[k] = inside ? refs[t - k * WARP] : T(0);
-      scores[k] = inside && dense.data != nullptr ? dense[t - k * WARP] : T(0);
+      ref_logprobs[k] = items.inside(k) ? ref[-k * WARP * refs.stride()] : T(0);
+      scores[k] = !PLAIN && dense.data != nullptr && items.inside(k) ? dense[t - k * WARP] : T(0);
     }
   }
-  // Turns logprobs into rewards; `score` lands on token `landing`.
+  // `score` lands on token `landing`.
   __device__ void shape(const Shaping<T>& shaping, T price, int64_t top, int64_t landing, T score) {
     const int64_t t = first_item(top);
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
       T reward = kl_reward_of(shaping.kl, items.rewards[k] - ref_logprobs[k], price);
-      reward += clamped(scores[k], -shaping.clip, shaping.clip);
+      if (!PLAIN) reward += clamped(scores[k], -shaping.clip, shaping.clip);
       if (t - k * WARP == landing) reward += score;
       items.rewards[k] = items.valid(k) ? reward : T(0);
     }
   }
 };
 
-// The sum over all threads of a block, in a fixed tree, in every thread.
-__device__ double block_sum(double x) {
-  __shared__ double sums[WARPS];
+// Sums over all threads of a block, in a fixed tree, in every thread.
+template <int N>
+__device__ void block_sum(double (&x)[N]) {
+  __shared__ double sums[WARPS][N];
+  __syncthreads();  // all have read what was there before
 #pragma unroll
-  for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL, x, bits);
-  __syncthreads();  // the warps have read what they had before
-  if (lane() == 0) sums[warp()] = x;
+  for (int i = 0; i < N; i++) {
+#pragma unroll
+    for (int bits = WARP / 2; bits > 0; bits /= 2) x[i] += __shfl_xor_sync(ALL, x[i], bits);
+    if (lane() == 0) sums[warp()][i] = x[i];
+    x[i] = 0;
+  }
   __syncthreads();
-  x = 0;
-  for (int w = 0; w < warps(); w++) x += sums[w];
-  return x;
+#pragma unroll 1
+  for (int w = 0; w < warps(); w++) {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += sums[w][i];
+  }
 }
 
 // The value of thread 0, in every thread.
@@ -86,12 +93,14 @@ __device__ double of_first_thread(double x) {
   return value;
 }
 
-template <class T, bool UNIT>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 && UNIT ? 2 : 1)
+// Enough blocks to hide the loads, for no chunk is loaded ahead.
+template <class T, bool PLAIN>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 && PLAIN ? 3 : 1)
     advantages_kernel(Arguments<T> args, Shaping<T> shaping) {
   const int64_t b = blockIdx.x;
-  const Sequence<T, UNIT> seq(args, b);
-  const Row<const T, UNIT> refs(shaping.ref_logprobs, b), dense(shaping.dense_scores, b);
+  const Sequence<T, PLAIN> seq(args, b);
+  const Row<const T, PLAIN> refs(shaping.ref_logprobs, b);
+  const Row<const T, false> dense(shaping.dense_scores, b);
   const Row<T, true> rewards(shaping.rewards, b);
   const T power = power_of_lane(args.gamma_lam), price = shaping.price ? *shaping.price : shaping.kl_coef;
   const int64_t last = last_valid(seq);
@@ -102,50 +111,54 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 && UNIT ? 2 : 1)
 #pragma unroll 1
   for (int64_t t = last + 1 + threadIdx.x; t < seq.end; t += blockDim.x) rewards[t] = t == landing ? score : T(0);
 
-  double count = 0, sum = 0, squares = 0, center = 0;
-  Tokens<T, UNIT> tokens, following;
-  tokens.load(seq, refs, dense, last);
+  int count = 0;
+  double center = 0, sums[3] = {};
   T u = seq.first;
   for (int64_t top = last; top >= seq.start; top -= CHUNK) {
-    following.load(seq, refs, dense, top - CHUNK);  // in flight while this chunk is scanned
+    Tokens<T, PLAIN> tokens;
+    tokens.load(seq, refs, dense, top);
     tokens.shape(shaping, price, top, landing, score);
     const Items<T>& items = tokens.items;
+    T *const to = &rewards[first_item(top)], found[ITEMS];
+#pragma unroll
+    for (int k = 0; k < ITEMS; k++) {
+      if (items.inside(k)) to[-k * WARP] = items.rewards[k];
+    }
     const Scan<T> scan = scan_chunk(items, args, power);
-    T found[ITEMS];
     store(seq, top, items, scan, u, found);
     u = scan.all(u);
     // Around a member of the data, from which their mean is never so far that the squares would cancel.
     if (top == last) center = of_first_thread(static_cast<double>(found[0]));
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
-      if (items.inside(k)) rewards[first_item(top) - k * WARP] = items.rewards[k];
-      if (!items.valid(k)) continue;
-      const double away = static_cast<double>(found[k]) - center;
-      count += 1, sum += away, squares += away * away;
+      const double away = items.valid(k) ? static_cast<double>(found[k]) - center : 0;
+      count += items.valid(k), sums[1] += away, sums[2] += away * away;
     }
-    tokens = following;
   }
   if (shaping.moments == nullptr) return;
-  count = block_sum(count), sum = block_sum(sum), squares = block_sum(squares);
-  const double away = count > 0 ? sum / count : 0;
-  if (threadIdx.x == 0) shaping.moments[b] = {count, center + away, squares - sum * away};
+  sums[0] = count;
+  block_sum(sums);
+  const double away = sums[0] > 0 ? sums[1] / sums[0] : 0;
+  if (threadIdx.x == 0) shaping.moments[b] = {sums[0], center + away, sums[2] - sums[1] * away};
 }
 
 // Of all rows, by a full block.
 __device__ Moments together(const Moments* rows, int64_t count) {
-  Moments all = {0, 0, 0};
+  double sums[2] = {}, squares[1] = {};
+#pragma unroll 1
   for (int64_t b = threadIdx.x; b < count; b += THREADS) {
-    all.count += rows[b].count;
-    all.mean += rows[b].count * rows[b].mean;
+    sums[0] += rows[b].count;
+    sums[1] += rows[b].count * rows[b].mean;
   }
-  all.count = block_sum(all.count);
-  all.mean = block_sum(all.mean) / max(all.count, 1.0);
+  block_sum(sums);
+  const double mean = sums[1] / max(sums[0], 1.0);
+#pragma unroll 1
   for (int64_t b = threadIdx.x; b < count; b += THREADS) {
-    const double away = rows[b].mean - all.mean;
-    if (rows[b].count > 0) all.squares += rows[b].squares + rows[b].count * away * away;
+    const double away = rows[b].mean - mean;
+    if (rows[b].count > 0) squares[0] += rows[b].squares + rows[b].count * away * away;
   }
-  all.squares = block_sum(all.squares);
-  return all;
+  block_sum(squares);
+  return {sums[0], mean, squares[0]};
 }
 
 // Puts what is put together where one more row would be.
@@ -207,12 +220,11 @@ void run(const AdvantagesTensors& t, const AdvantagesNumbers& numbers, Moments* 
                               numbers.next,
                               rows_of<T>(t.rewards),
                               numbers.whiten ? moments : nullptr};
-  bool unit = true;
-  for (const View* view : {&t.logprobs, &t.ref_logprobs, &t.values, &t.mask, &t.scores})
-    unit &= view->dims != 2 || view->stride[1] == 1;
+  bool plain = !t.dense();
+  for (const View* view : {&t.logprobs, &t.ref_logprobs, &t.values, &t.mask}) plain &= view->stride[1] == 1;
   const int64_t spans = (width + SPAN - 1) / SPAN, chunks = (width + CHUNK - 1) / CHUNK;
   const int threads = WARP * static_cast<int>(spans < WARPS ? spans : WARPS);
-  launch(unit ? advantages_kernel<T, true> : advantages_kernel<T, false>, "advantages_kernel", rows, threads, stream,
+  launch(plain ? advantages_kernel<T, true> : advantages_kernel<T, false>, "advantages_kernel", rows, threads, stream,
          args, shaping);
   if (!numbers.whiten) return;
   if (rows > MANY_ROWS)
