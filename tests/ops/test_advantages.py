@@ -108,7 +108,7 @@ def test_hand_computed(run, device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("density", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 15), (2, 16), (2, 17), (3, 130), (2, 1025), (70, 3), (1, 2100)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 15), (2, 16), (2, 17), (3, 130), (2, 1025), (7, 3), (1, 2100)])
 def test_shapes(run, device, dtype, density, shape):
     given = case(shape, dtype, density, last=True)
     numbers = {"kl_coef": 0.1, "gamma": 0.99}
@@ -155,9 +155,9 @@ def test_whitening_of_none_one_and_two_tokens(run, device, whiten, shift_mean, u
 
 def test_whitening_does_not_cancel(run, device):
     """A mean of 2^20 times the deviation: sums of squares, even of float64, would keep little of the variance."""
-    given = case((9, 50), density=1.0)
-    given["values"] = torch.zeros(9, 50)
-    given["scores"] = 2.0**20 + torch.randint(0, 8, (9, 50), generator=torch.Generator().manual_seed(3)) / 8
+    given = case((4, 90), density=1.0)
+    given["values"] = torch.zeros(4, 90)
+    given["scores"] = 2.0**20 + torch.randint(0, 8, (4, 90), generator=torch.Generator().manual_seed(3)) / 8
     numbers = {"gamma": 0.0, "lam": 0.0}  # what is whitened is the scores, exactly
     (white, _, _), scanned = composed(given, **numbers)
     assert torch.equal(scanned, given["scores"].double())
@@ -200,7 +200,7 @@ def test_empty(run, device, shape, dense):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_strided_views(run, device, dense):
-    given = case((6, 40), dense=dense)
+    given = case((3, 40), dense=dense)
     numbers = {"kl_coef": 0.1, "kl": "k3", "at": "next"}
     expected = call(run, device, given, **numbers)
 
@@ -218,8 +218,8 @@ def test_strided_views(run, device, dense):
 
 
 def test_rewards_and_returns_of_a_row_do_not_depend_on_its_batch(run, device):
-    given = case((5, 150), density=0.9)
-    order = torch.tensor([3, 0, 4])
+    given = case((3, 150), density=0.9)
+    order = torch.tensor([2, 0])
     some = {name: x if x is None else x[order] for name, x in given.items()}
     for whiten in (True, False):
         whole, part = (call(run, device, x, kl_coef=0.1, kl="k3", whiten=whiten) for x in (given, some))
@@ -263,8 +263,15 @@ def test_every_token_is_written(run, device, poisoned, whiten, at):
     expect_composed(call(run, device, given, **numbers), given, dtype=torch.float32, **numbers)
 
 
-def test_more_rows_than_each_block_puts_together(run, device):
-    given = case((1030, 2), density=0.6)
+def test_more_rows_than_each_block_puts_together(run, device, request, monkeypatch):
+    rows = 1030
+    if request.node.callspec.params["run"][1] == "triton" and device == "cpu":  # the interpreter takes long over a row
+        from rlhf_fast.triton_kernels import advantages as kernels
+
+        monkeypatch.setattr(kernels, "MANY_ROWS", 4)
+        monkeypatch.setattr(kernels, "BLOCK_B", 2)
+        rows = 5
+    given = case((rows, 2), density=0.6)
     expect_composed(call(run, device, given, kl_coef=0.1), given, dtype=torch.float32, kl_coef=0.1)
 
 
