@@ -14,7 +14,6 @@ namespace rlhf_fast::cpu {
 namespace {
 
 constexpr int64_t piece = 16 * block;  // tokens that are gathered at a time where they do not lie side by side
-constexpr int lanes = 8;               // sums side by side; token t goes to sum t % lanes
 constexpr int64_t parallel_from = 16384;
 
 template <class T>
@@ -58,33 +57,46 @@ INLINE void shape_row(const Shape<T>& row) {
   }
 }
 
+// Four numbers as double.
+template <class T>
+INLINE Lanes<double>::vector widened(const T* from) {
+  typedef T four __attribute__((vector_size(4 * sizeof(T))));
+  four x;
+  std::memcpy(&x, from, sizeof(x));
+  return __builtin_convertvector(x, Lanes<double>::vector);
+}
+
 // The moments of what is valid in [0, end), around the last of them: a member of the data is never so far from their
 // mean that the squares would cancel.
 template <class T>
 INLINE Moments moments_of(const T* advantages, const Row<uint8_t>& mask, int64_t end) {
+  using V = Lanes<double>::vector;
   if (end == 0) return {0, 0, 0};
-  uint8_t room[block], valid[block];
-  double sums[lanes] = {}, squares[lanes] = {};
-  int64_t count = 0;
+  constexpr int vectors = block / 4;
+  V sums[vectors] = {}, squares[vectors] = {}, away[vectors];
   const double center = static_cast<double>(advantages[end - 1]);
+  int64_t count = 0;
   for (int64_t from = 0; from < end; from += block) {
-    const int here = static_cast<int>(std::min<int64_t>(block, end - from));
-    std::memset(valid, 0, block);
-    std::memcpy(valid, tokens(mask, from, here, room), here);
-    double d[block] = {};
-    for (int i = 0; i < here; i++) d[i] = static_cast<double>(advantages[from + i]) - center;
-    for (int i = 0; i < block; i++) d[i] = choose(valid[i] != 0, d[i], 0.0);
-    for (int i = 0; i < block; i++) count += valid[i] != 0;
-    for (int i = 0; i < block; i += lanes) {
-      for (int l = 0; l < lanes; l++) sums[l] += d[i + l];
-      for (int l = 0; l < lanes; l++) squares[l] += d[i + l] * d[i + l];
+    if (mask.stride == 1 && from + block <= end && all_valid(mask.data + from)) {
+      for (int i = 0; i < vectors; i++) away[i] = widened(advantages + from + 4 * i) - center;
+      count += block;
+    } else {
+      double room[block];
+      for (int i = 0; i < block; i++) {
+        const bool valid = from + i < end && mask[from + i];
+        room[i] = valid ? static_cast<double>(advantages[from + i]) - center : 0.0;
+        count += valid;
+      }
+      std::memcpy(away, room, sizeof(room));
     }
+    for (int i = 0; i < vectors; i++) sums[i] += away[i], squares[i] += away[i] * away[i];
   }
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; l++) sums[l] += sums[l + half], squares[l] += squares[l + half];
+  double total[2] = {};
+  for (int i = 0; i < vectors; i++) {
+    for (int l = 0; l < 4; l++) total[0] += sums[i][l], total[1] += squares[i][l];
   }
-  const double n = static_cast<double>(count), away = sums[0] / n;
-  return {n, center + away, squares[0] - sums[0] * away};
+  const double n = static_cast<double>(count), shift = total[0] / n;
+  return {n, center + shift, total[1] - total[0] * shift};
 }
 
 template <class T>

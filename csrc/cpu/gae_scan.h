@@ -42,6 +42,12 @@ struct Row {
   INLINE T operator[](int64_t t) const { return data[t * stride]; }
 };
 
+INLINE bool all_valid(const uint8_t* mask) {  // of a block
+  uint64_t bytes[2];
+  std::memcpy(bytes, mask, block);
+  return (bytes[0] & bytes[1]) == 0x0101010101010101u;
+}
+
 template <class T>
 struct Sequence {
   Row<T> rewards, values;
@@ -53,11 +59,7 @@ struct Sequence {
   bool zero_holes;
 
   INLINE bool contiguous() const { return rewards.stride == 1 && values.stride == 1 && mask.stride == 1; }
-  INLINE bool full(int64_t from) const {  // is the whole block valid?
-    uint64_t bytes[2];
-    std::memcpy(bytes, mask.data + from, block);
-    return (bytes[0] & bytes[1]) == 0x0101010101010101u;
-  }
+  INLINE bool full(int64_t from) const { return all_valid(mask.data + from); }
 };
 
 // One block in registers: vector i holds tokens [i * lanes, (i + 1) * lanes).
