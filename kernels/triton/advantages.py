@@ -39,6 +39,35 @@ def _tokens(
     return tl.where(valid, reward, 0.0), value, valid
 
 
+@triton.jit
+def _scanned(reward, value, valid, counts, gamma, gamma_lam, u):
+    """What each token is given, from the tokens after each; ``u`` comes in from behind the block."""
+    handed = tl.where(gamma_lam == 0, gamma * value, tl.fma(reward - value, gamma_lam, gamma * value))
+    a = tl.where(counts, gamma_lam, 1.0)
+    a, handed = tl.associative_scan((a, tl.where(valid, handed, 0.0)), 0, _then)
+    return _handed_on(a, handed, u)
+
+
+@triton.jit
+def _store_behind(advantages_ptr, returns_ptr, rewards_ptr, last, tokens, landing, score, BLOCK_T: tl.constexpr):
+    """What lies behind the last valid token: nothing, but perhaps the score."""
+    zero = tl.zeros([BLOCK_T], advantages_ptr.dtype.element_ty)
+    top = last * 0 + tokens - 1
+    while top > last:
+        t = top - tl.arange(0, BLOCK_T)
+        tl.store(advantages_ptr + t, zero, mask=t > last)
+        tl.store(returns_ptr + t, zero, mask=t > last)
+        tl.store(rewards_ptr + t, tl.where(t == landing, score, zero), mask=t > last)
+        top -= BLOCK_T
+
+
+@triton.jit
+def _put(moments_ptr, count, mean, squares):
+    tl.store(moments_ptr, count)
+    tl.store(moments_ptr + 1, mean)
+    tl.store(moments_ptr + 2, squares)
+
+
 @triton.jit(do_not_specialize=CHANGING)
 def advantages_kernel(
     logprobs_ptr, logprobs_stride_b, logprobs_stride_t, refs_ptr, refs_stride_b, refs_stride_t,
@@ -55,45 +84,28 @@ def advantages_kernel(
     if price_ptr is not None:
         price = tl.load(price_ptr)
     b = tl.program_id(0).to(tl.int64)
-    logprobs_ptr += b * logprobs_stride_b
-    refs_ptr += b * refs_stride_b
-    values_ptr += b * values_stride_b
-    mask_ptr += b * mask_stride_b
-    scores_ptr += b * scores_stride_b
-    advantages_ptr += b * tokens
-    returns_ptr += b * tokens
-    rewards_ptr += b * tokens
+    logprobs_ptr, refs_ptr = logprobs_ptr + b * logprobs_stride_b, refs_ptr + b * refs_stride_b
+    values_ptr, mask_ptr = values_ptr + b * values_stride_b, mask_ptr + b * mask_stride_b
+    scores_ptr, rewards_ptr = scores_ptr + b * scores_stride_b, rewards_ptr + b * tokens
+    advantages_ptr, returns_ptr = advantages_ptr + b * tokens, returns_ptr + b * tokens
     last = _last_valid(mask_ptr, mask_stride_t, b * 0, b * 0 + tokens, BLOCK_T)
-    landing, score = b * 0 - 1, tl.zeros([], dtype)
-    if not DENSE:
-        landing = tl.where(last < 0, last, tl.minimum(last + NEXT, tokens - 1))
-        score = _clipped(tl.load(scores_ptr), clip)
+    landing = tl.where(last < 0, last, tl.minimum(last + NEXT, tokens - 1))
     u = tl.zeros([], dtype)
+    score = u if DENSE else _clipped(tl.load(scores_ptr), clip)
     if last_values_ptr is not None:
         u = gamma * tl.load(last_values_ptr + b * last_values_stride)
-    zero = tl.zeros([BLOCK_T], dtype)
-    top = b * 0 + tokens - 1
-    while top > last:  # what lies behind the last valid token
-        t = top - tl.arange(0, BLOCK_T)
-        tl.store(advantages_ptr + t, zero, mask=t > last)
-        tl.store(returns_ptr + t, zero, mask=t > last)
-        tl.store(rewards_ptr + t, tl.where(t == landing, score, zero), mask=t > last)
-        top -= BLOCK_T
-    center = tl.zeros([], tl.float64)
-    count, total, squares = center, center, center
+    _store_behind(advantages_ptr, returns_ptr, rewards_ptr, last, tokens, landing, score, BLOCK_T)
+    count = tl.zeros([], tl.float64)
+    center, total, squares = count, count, count
     top = last
     while top >= 0:
         t = top - tl.arange(0, BLOCK_T)
-        # What the tokens are given: the scan up to the token after each, hence t + 1.
-        inside = (t + 1 >= 0) & (t < last)
+        inside = (t + 1 >= 0) & (t < last)  # what the tokens are given: the scan up to the token after each
         reward, value, valid = _tokens(
             logprobs_ptr, logprobs_stride_t, refs_ptr, refs_stride_t, values_ptr, values_stride_t,
             mask_ptr, mask_stride_t, scores_ptr, scores_stride_t, t + 1, inside, landing, score, price, clip, KL, DENSE,
         )  # fmt: skip
-        a = tl.where(inside if ZERO else valid, gamma_lam, 1.0)
-        handed = tl.where(gamma_lam == 0, gamma * value, tl.fma(reward - value, gamma_lam, gamma * value))
-        a, handed = tl.associative_scan((a, tl.where(valid, handed, 0.0)), 0, _then)
-        handed = _handed_on(a, handed, u)
+        handed = _scanned(reward, value, valid, inside if ZERO else valid, gamma, gamma_lam, u)
         u = _end_of(handed, BLOCK_T)
         reward, value, valid = _tokens(
             logprobs_ptr, logprobs_stride_t, refs_ptr, refs_stride_t, values_ptr, values_stride_t,
@@ -111,10 +123,8 @@ def advantages_kernel(
         total += tl.sum(away)
         squares += tl.sum(away * away)
         top -= BLOCK_T
-    away = total / tl.maximum(count, 1.0)
-    tl.store(moments_ptr + 3 * b, count)
-    tl.store(moments_ptr + 3 * b + 1, center + away)
-    tl.store(moments_ptr + 3 * b + 2, squares - total * away)
+    shift = total / tl.maximum(count, 1.0)
+    _put(moments_ptr + 3 * b, count, center + shift, squares - total * shift)
 
 
 @triton.jit
@@ -140,9 +150,7 @@ def _together(moments_ptr, rows, BLOCK_B: tl.constexpr):
 def advantages_together_kernel(moments_ptr, rows, BLOCK_B: tl.constexpr):
     """Puts what is put together where one more row would be."""
     count, mean, squares = _together(moments_ptr, rows, BLOCK_B)
-    tl.store(moments_ptr + 3 * rows, count)
-    tl.store(moments_ptr + 3 * rows + 1, mean)
-    tl.store(moments_ptr + 3 * rows + 2, squares)
+    _put(moments_ptr + 3 * rows, count, mean, squares)
 
 
 @triton.jit(do_not_specialize=["mask_stride_b", "rows", "tokens", "keep_mean", "unbiased"])

@@ -125,9 +125,8 @@ def test_rewards_of_every_kind(run, device, dtype, dense, kl, at):
     for name in ("logprobs", "ref_logprobs", "values"):
         given[name] = torch.where(given["mask"], given[name].nan_to_num(0.5, 0.5, 0.5), torch.nan)
     given["scores"] = given["scores"].nan_to_num() if dense else given["scores"]
-    for clip in (None, 0.5):
-        numbers = {"kl_coef": 0.1, "kl": kl, "at": at, "clip_scores": clip}
-        expect_composed(call(run, device, given, **numbers), given, dtype=dtype, **numbers)
+    numbers = {"kl_coef": 0.1, "kl": kl, "at": at, "clip_scores": 0.5 if dtype == torch.float32 else None}
+    expect_composed(call(run, device, given, **numbers), given, dtype=dtype, **numbers)
 
 
 @pytest.mark.parametrize("holes", ["skip", "zero"])
