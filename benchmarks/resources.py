@@ -46,8 +46,7 @@ def advantages_call(dtype: torch.dtype, kl: str, at: str, holes: str, plain: boo
     mask, outputs = torch.empty((rows, length), dtype=torch.bool), [torch.empty((rows, length), dtype=dtype)] * 3
     score, tokens = (torch.empty(rows, dtype=dtype), outputs) if plain else (score, tokens)
     last_values, price = (None if plain else torch.empty(shape, dtype=dtype) for shape in ((rows,), ()))
-    numbers = 0.05, kl, at, None, 0.99, 0.95, holes, True, True, True
-    return [score, *tokens, mask, last_values, price, *numbers, *outputs]
+    return [score, *tokens, mask, last_values, price, 0.05, kl, at, None, 0.99, 0.95, holes, True, True, True, *outputs]
 
 
 def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
