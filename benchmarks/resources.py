@@ -44,6 +44,15 @@ class Resources(NamedTuple):
     scan: str = ""  # the layouts of its scans, which decide their bits
 
 
+def advantages_call(dtype: torch.dtype, kl: str, at: str, holes: str, plain: bool, rows: int, length: int) -> list:
+    """Arguments of the Triton function ``advantages``; not ``plain``: strided, and with all that is optional."""
+    score, *tokens = (torch.empty((rows, length, 2), dtype=dtype)[..., 0] for _ in range(4))
+    mask, outputs = torch.empty((rows, length), dtype=torch.bool), [torch.empty((rows, length), dtype=dtype)] * 3
+    score, tokens = (torch.empty(rows, dtype=dtype), outputs) if plain else (score, tokens)
+    last_values, price = (None if plain else torch.empty(shape, dtype=dtype) for shape in ((rows,), ()))
+    return [score, *tokens, mask, last_values, price, 0.05, kl, at, None, 0.99, 0.95, holes, True, True, True, *outputs]
+
+
 def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
     """Arguments of the Triton function ``gae``: packed and bootstrapped with ``offsets``, else padded."""
     shape = (4, length) if offsets is None else (4 * length,)
@@ -86,6 +95,15 @@ def ppo_loss_backward_call(dtype: torch.dtype, given: str, strided: bool, length
 
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
+    "advantages": {
+        f"{str(dtype).removeprefix('torch.')} {name}": partial(advantages_call, dtype, *arguments)
+        for dtype, name, *arguments in (
+            (torch.float32, "k1", "k1", "last", "skip", True, 4),
+            (torch.float32, "k3 next many rows", "k3", "next", "skip", True, 1025),
+            (torch.float32, "abs dense strided", "abs", "last", "zero", False, 4),
+            (torch.float64, "k2", "k2", "last", "skip", True, 4),
+        )
+    },
     "gae": {
         f"{str(dtype).removeprefix('torch.')} {holes} {layout}": partial(gae_call, dtype, holes, offsets)
         for dtype, holes, layout, offsets in (

@@ -71,8 +71,8 @@ def test_cuda_kernels_compile_without_spills(nvcc_rows: list[Resources]) -> None
 
 
 def test_scan_of_gae_has_one_layout(triton_rows: list[Resources]) -> None:
-    """Padded and packed rows have the same bits only if all variants are scanned in the same shape."""
-    scans = {row.scan for row in triton_rows if row.kernel.startswith("gae_") and row.scan}
+    """Padded and packed rows have the same bits only if all variants are scanned in the same shape; so advantages."""
+    scans = {row.scan for row in triton_rows if row.kernel.startswith(("gae_", "advantages_")) and row.scan}
     assert len(scans) == 1
     assert "sizePerThread = [1]" in scans.pop()
 

@@ -19,16 +19,28 @@ def inputs(shape):
 @pytest.mark.parametrize("shape", [(64, 1024), (3, 200_000)])
 def test_no_host_sync_and_a_cuda_graph(name, shape):
     run, given = IMPLEMENTATIONS["gae"][name], inputs(shape)
-    expected = run(*given)
+    expect_no_sync_and_a_graph(lambda: run(*given))
+
+
+@pytest.mark.parametrize("name", [name for name in ("cuda", "triton") if name in IMPLEMENTATIONS["advantages"]])
+@pytest.mark.parametrize("shape", [(64, 1024), (1030, 53)])
+def test_advantages_waits_for_nothing_not_even_its_price(name, shape):
+    run, (logprobs, values, mask) = IMPLEMENTATIONS["advantages"][name], inputs(shape)
+    scores, refs, price = logprobs[:, 0], logprobs.roll(1), torch.tensor(0.1, device="cuda")
+    expect_no_sync_and_a_graph(lambda: run(scores, logprobs, refs, values, mask, None, price, kl="k3"))
+
+
+def expect_no_sync_and_a_graph(run):
+    expected = run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = run(*given)
+        again = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(*given)
+        captured = run()
     for x in captured:
         x.zero_()
     graph.replay()
