@@ -24,12 +24,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
 ARCHITECTURES = (80, 90, 100, 120)
+SEEN = 90  # the architecture whose machine code is read: a vector access is one on all of them or on none
 LENGTHS = (1000, 1, 16, 33, 4096)  # each variant must compile once for all of them
 NVCC_FLAGS = ["-cubin", "-std=c++17", "-O3", "-Xptxas=-warn-spills,-Werror", f"-I{ROOT / 'csrc'}"]
 
 
 class Resources(NamedTuple):
-    """What one kernel takes; ``stack`` and ``local`` are bytes per thread and are not 0 where registers spill."""
+    """What one kernel takes; ``stack`` and ``local`` are bytes per thread and are not 0 where registers spill.
+
+    ``load`` and ``store``: bytes of a thread's widest access of global memory, 0 for none and on what is not SEEN.
+    """
 
     kernel: str
     architecture: int
@@ -37,6 +41,8 @@ class Resources(NamedTuple):
     shared: int
     stack: int
     local: int
+    load: int = 0
+    store: int = 0
     scan: str = ""  # of a Triton kernel: the layouts of its scans, which decide their bits
 
 
@@ -144,16 +150,28 @@ def nvidia_tool(name: str) -> str:
 
 def read_cubin(cubin: Path, architecture: int) -> list[tuple[str, Resources]]:
     """The kernels of a cubin, by their mangled names."""
-    report = subprocess.run(
-        [nvidia_tool("cuobjdump"), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-    ).stdout
+
+    def dump(what: str) -> list[tuple[str, str]]:
+        command = [nvidia_tool("cuobjdump"), what, cubin]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.split(r"^\s*Function *:? *([^\s:]+):?\n", report, flags=re.MULTILINE)[1:]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    code = dict(dump("-sass")) if architecture == SEEN else {}
     found = []
-    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", report):
+    for name, line in dump("--dump-resource-usage"):
         number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        found.append(
-            (name, Resources(name, architecture, number["REG"], number["SHARED"], number["STACK"], number["LOCAL"]))
-        )
+        used = number["REG"], number["SHARED"], number["STACK"], number["LOCAL"]
+        widths = [widest(code.get(name, ""), words) for words in ("LDG|LDGSTS|LD", "STG|ST")]
+        found.append((name, Resources(name, architecture, *used, *widths)))
     return found
+
+
+def widest(code: str, instructions: str) -> int:
+    """Bytes of the widest of these instructions, ``LDG.E.128.CONSTANT`` for one; 0 if there is none."""
+    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    found = re.findall(rf"\b(?:{instructions})((?:\.\w+)*) ", code)
+    return max((next((bits[w] for w in words.split(".") if w in bits), 32) for words in found), default=0) // 8
 
 
 class CompileOnly:
@@ -246,11 +264,12 @@ def section(compiler: str, version: str, rows: list[Resources]) -> str:
     kernels: dict[str, dict[int, Resources]] = {}
     for row in rows:
         kernels.setdefault(row.kernel, {})[row.architecture] = row
-    head = "| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | spills |\n"
-    lines = [f"## {compiler} {version}\n\n", head, "|---" * (len(ARCHITECTURES) + 2) + "|\n"]
+    head = "| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | load / store | spills |\n"
+    lines = [f"## {compiler} {version}\n\n", head, "|---" * (len(ARCHITECTURES) + 3) + "|\n"]
     for kernel, by_architecture in sorted(kernels.items()):
         cells = [f"{by_architecture[a].registers} / {by_architecture[a].shared}" for a in ARCHITECTURES]
         spilled = sum(r.stack + r.local for r in by_architecture.values())
+        cells.append(f"{by_architecture[SEEN].load} / {by_architecture[SEEN].store}")
         lines.append(f"| `{kernel}` | {' | '.join(cells)} | {spilled} |\n")
     return "".join(lines)
 
@@ -261,8 +280,9 @@ def write_table(triton_rows: list[Resources], nvcc_rows: list[Resources]) -> str
 
     introduction = (
         "# Resources of the GPU kernels\n\n"
-        "Registers per thread / bytes of shared memory per block; spills: bytes of stack and local memory per thread,\n"
-        "over all architectures. Written by `python benchmarks/resources.py`, compared in `tests/test_aot.py`.\n\n"
+        "Registers per thread / bytes of shared memory per block. Load / store: bytes of a thread's widest access of\n"
+        f"global memory in the machine code of sm_{SEEN}. Spills: bytes of stack and local memory per thread over all\n"
+        "architectures. Written by `python benchmarks/resources.py`, compared in `tests/test_aot.py`.\n\n"
     )
     version = nvcc_version()
     assert version is not None, "the table needs nvcc"
