@@ -45,7 +45,7 @@ CHOICES = {
     "gae": Choice(("cuda", "triton"), "CUDA keeps a token in registers from scan to store, Triton loads it twice"),
     "kl": Choice(("cuda", "triton"), "both read each logit once; a call of Triton's costs more host time"),
     "logprobs": Choice(
-        ("cuda", "triton"), "both read each logit once; Triton's backward packs its numbers in a launch of its own"
+        ("cuda", "triton"), "both read each logit once, CUDA 16 bytes at a time, Triton as narrow as a logit"
     ),
     "ppo_loss": Choice(
         ("cuda", "triton"),

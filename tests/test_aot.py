@@ -10,6 +10,8 @@ import pytest
 import resources
 from resources import ARCHITECTURES, ROOT, SEEN, TABLE, Resources
 
+HALVES = ("rlhf_fast::cuda::bfloat16", "rlhf_fast::cuda::float16")
+
 
 @pytest.fixture(scope="module")
 def triton_rows() -> list[Resources]:
@@ -65,8 +67,8 @@ def test_cuda_kernels_compile_without_spills(nvcc_rows: list[Resources]) -> None
 def test_cuda_kernels_move_sixteen_bytes_at_a_time(nvcc_rows: list[Resources], op: str) -> None:
     """Where logits lie side by side and aligned; the forward writes a few numbers per row, the backward a row."""
     dtypes = {
-        "logprobs": ["float, true", "rlhf_fast::cuda::bfloat16, true", "rlhf_fast::cuda::float16, true"],
-        "kl": ["float, float", "rlhf_fast::cuda::bfloat16, float", "rlhf_fast::cuda::float16, float"],
+        "logprobs": [f"{t}, true, {cap}" for t in ("float", *HALVES) for cap in ("false", "true")],
+        "kl": [f"{t}, float" for t in ("float", *HALVES)],
     }
     seen = {row.kernel: row for row in nvcc_rows if row.architecture == SEEN}
     for dtype in dtypes[op]:
