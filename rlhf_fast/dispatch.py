@@ -44,9 +44,7 @@ class Choice(NamedTuple):
 CHOICES = {
     "gae": Choice(("cuda", "triton"), "CUDA keeps a token in registers from scan to store, Triton loads it twice"),
     "kl": Choice(("cuda", "triton"), "both read each logit once; a call of Triton's costs more host time"),
-    "logprobs": Choice(
-        ("cuda", "triton"), "both read each logit once, CUDA 16 bytes at a time, Triton as narrow as a logit"
-    ),
+    "logprobs": Choice(("cuda", "triton"), "both read each logit once; a call of Triton's costs more host time"),
     "ppo_loss": Choice(
         ("cuda", "triton"),
         "launches decide below 1 M tokens: CUDA takes 2 or 3, Triton also PyTorch's sums of the mask",

@@ -20,7 +20,8 @@ def measured(results: list[dict]) -> dict[str, list[tuple[str, dict[str, float]]
     for of_device in results:
         for op, content in of_device.items():
             for row in content["rows"] if isinstance(content, dict) else ():
-                times = {name: row.get(f"{name} / ours") for name in ("cuda", "triton")}
+                ratios = row.get("ratios", {}) | row
+                times = {name: ratios.get(name, ratios.get(f"{name} / ours")) for name in ("cuda", "triton")}
                 if None not in times.values():
                     found.setdefault(op, []).append((f"{of_device['device']}: {next(iter(row.values()))}", times))
     return found
@@ -54,6 +55,10 @@ def test_the_choices_follow_the_committed_measurements():
 def test_a_contradiction_is_seen():
     row = {"shape": "64x1024", "ours, us": 5.0, "cuda / ours": 1.0, "triton / ours": 0.9}
     found = measured([{"device": "H1", "gae": {"rows": [row, {"shape": "8x8", "cuda / ours": 1.0}]}}])
+    assert (
+        measured([{"device": "H1", "gae": {"rows": [{"case": "64x1024", "ratios": {"cuda": 1.0, "triton": 0.9}}]}}])
+        == found
+    )
     assert found == {"gae": [("H1: 64x1024", {"cuda": 1.0, "triton": 0.9})]}
     cuda, triton = (dispatch.Choice(order, "because", "H1") for order in (("cuda", "triton"), ("triton", "cuda")))
     assert contradictions("gae", cuda, found["gae"]) == ["gae: triton is faster than cuda on H1: 64x1024"]
