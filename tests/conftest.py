@@ -12,9 +12,15 @@ if not GPU:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 
-import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+if find_spec("hypothesis") is None:
+    import no_hypothesis
+
+    no_hypothesis.install()
+import hypothesis  # noqa: E402
 
 import rlhf_fast.ops  # noqa: E402, F401
 from rlhf_fast import dispatch  # noqa: E402
