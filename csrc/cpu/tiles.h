@@ -175,19 +175,18 @@ INLINE Softmax sums_of(const T* from, int64_t count, const Scaling& scaling, flo
   using N = Lanes<L>;
   constexpr int vectors = together<L>;
   const auto low = N::bound();
-  Group<L> total = {}, dot = {}, top;
-  for (auto& t : top) t = low;
+  const auto zero = N::fill(0);
+  typename N::Floats top = low, total[] = {zero, zero}, dot[] = {zero, zero};  // more would not fit the registers
   each_group<L, SCALE>(from, count, scaling, [&](const Group<L>& z) __attribute__((always_inline)) {
     Group<L> d, e;
     for (int k = 0; k < vectors; k++) d[k] = N::clamp(z[k] - reference, low);  // no 0 * -inf
-    for (int k = 0; k < vectors; k++) top[k] = N::larger(d[k], top[k]);
+    for (int k = 0; k < vectors; k++) top = N::larger(d[k], top);
     N::exp_within(d, e);
-    for (int k = 0; k < vectors; k++) total[k] += e[k];
-    for (int k = 0; k < vectors; k++) dot[k] += e[k] * d[k];
+    for (int k = 0; k < vectors; k++) total[k % 2] += e[k];
+    for (int k = 0; k < vectors; k++) dot[k % 2] += e[k] * d[k];
   });
-  for (int k = 1; k < vectors; k++) top[0] = N::larger(top[0], top[k]), total[0] += total[k], dot[0] += dot[k];
-  above = N::maximum(top[0]);
-  return {reference, N::sum(total[0]), N::sum(dot[0])};
+  above = N::maximum(top);
+  return {reference, N::sum(total[0] + total[1]), N::sum(dot[0] + dot[1])};
 }
 
 template <int L, Scale SCALE, class T>
