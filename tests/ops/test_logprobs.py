@@ -113,6 +113,23 @@ def test_minus_inf_logits(run, device):
     assert torch.allclose(lse.double(), kept[2], atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_peak_after_the_first_tiles(run, device, dtype):
+    # A kernel that takes the maximum of the tiles before as its reference: exp overflows, or digits are lost.
+    rises = [0.5, 3.75, 4.25, 8.0, 50.0, 100.0, 500.0, 1e4]
+    logits, ids = case((len(rises), 9000), dtype, seed=11, scale=0.5, shift=-5.0)
+    logits[:, 5000] = torch.tensor(rises, dtype=dtype)
+    logits[3, 4100:5000], logits[4, :4096] = -math.inf, -math.inf  # a tile of next to nothing, one of nothing at all
+    ids[::2] = 5000
+    ids[1::2] = 8000
+    logits[logits == -math.inf] = -1e9  # its exp is 0 too, and the oracle has an entropy
+    for given in (logits, torch.where(logits == -1e9, -math.inf, logits)):
+        out = run(given.to(device), ids.to(device))
+        for ours, theirs in zip(out, oracle(logits, ids), strict=True):
+            error = (ours.cpu() - theirs).abs()
+            assert bool((error <= 2e-6 * (1 + theirs.abs())).all()), error
+
+
 def test_a_row_of_nothing_is_what_torch_makes_of_it(run, device):
     logits = torch.full((1, 9), -math.inf)
     chosen, entropy, lse = (o.cpu() for o in run(logits.to(device), torch.tensor([3], device=device)))
