@@ -122,7 +122,7 @@ def test_minus_inf(run, device):
     assert out[3].isfinite().all()
 
 
-def test_nothing_leaks_from_masked_rows(run, device, gradient):
+def test_pitfall_13_nothing_leaks_from_masked_rows(run, device, gradient):
     logits, ref_logits, ids = case((5, 50), seed=4)
     mask = torch.tensor([True, False, True, False, True])
     expected = [torch.where(mask, o, 0) for o in oracle(logits, ref_logits, ids)]
@@ -247,7 +247,7 @@ def test_the_reference_model_gets_no_gradient():
     assert ref_logits.grad is None
 
 
-def test_a_second_derivative_raises():
+def test_pitfall_10_a_second_derivative_raises():
     logits, ref_logits, _ = case((2, 5), torch.float64)
     logits.requires_grad_()
     (first,) = torch.autograd.grad((kl(logits, ref_logits).kl ** 2).sum(), logits, create_graph=True)
