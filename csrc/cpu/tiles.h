@@ -48,6 +48,15 @@ __attribute__((noinline)) void gather(const T* from, int64_t stride, int64_t cou
   for (int64_t i = 0; i < count; i++) to[i] = from[i * stride];
 }
 
+// Elements [at, at + count) of the row side by side, in `buffer` if they are not so already.
+template <class T>
+INLINE const T* tile_at(const Row<T>& row, int64_t at, int64_t count, T* buffer) {
+  const T* from = row.data + at * row.stride;
+  if (row.stride == 1) return from;
+  gather(from, row.stride, count, buffer);
+  return buffer;
+}
+
 // Up to L elements; what is beyond `count` is 0.
 template <int L, class T>
 INLINE auto load_some(const T* from, int64_t stride, int64_t count) {
@@ -89,19 +98,7 @@ INLINE float load_one(const Row<T>& row, int64_t id, const Scaling& scaling) {
 
 INLINE int64_t tile_steps(int64_t size, int64_t at) { return (std::min<int64_t>(tile, size - at) + step - 1) / step; }
 
-template <int L>
-INLINE float tile_top(const float* z, int64_t steps) {
-  using N = Lanes<L>;
-  constexpr int vectors = step / L;
-  typename N::Floats top[vectors];
-  for (auto& t : top) t = N::fill(-infinity);
-  for (int64_t i = 0; i < steps; i++)
-    for (int k = 0; k < vectors; k++) top[k] = N::larger(N::load(z + i * step + k * L), top[k]);
-  for (int k = 1; k < vectors; k++) top[0] = N::larger(top[0], top[k]);
-  return N::maximum(top[0]);
-}
-
-// Of some logits: their maximum m, sum of exp(z - m) and of exp(z - m) * (z - m).
+// Of some logits: about their maximum m, sum of exp(z - m) and of exp(z - m) * (z - m).
 struct Softmax {
   double top = -infinity, total = 0, dot = 0;
 
@@ -186,7 +183,8 @@ INLINE Softmax sums_of(const T* from, int64_t count, const Scaling& scaling, flo
     for (int k = 0; k < vectors; k++) dot[k % 2] += e[k] * d[k];
   });
   above = N::maximum(top);
-  return {reference, N::sum(total[0] + total[1]), N::sum(dot[0] + dot[1])};
+  const double sum = N::sum(total[0] + total[1]);
+  return {sum == 0 ? -infinity : reference, sum, N::sum(dot[0] + dot[1])};
 }
 
 template <int L, Scale SCALE, class T>
@@ -196,14 +194,12 @@ INLINE Softmax row_softmax(const Row<T>& row, const Scaling& scaling) {
   float reference = 0;
   for (int64_t at = 0; at < row.size; at += tile) {
     const int64_t count = std::min<int64_t>(tile, row.size - at);
-    const T* from = row.data + at * row.stride;
-    if (row.stride != 1) gather(from, row.stride, count, buffer), from = buffer;
+    const T* from = tile_at(row, at, count, buffer);
     Softmax part;
     float above;
     for (int looked = softmax.total == 0; looked < 2; looked++) {
       if (looked) reference = top_of<L, SCALE>(from, count, scaling);
-      if (reference == -infinity) reference = 0;  // nothing here: the next tile is looked through too
-      part = sums_of<L, SCALE>(from, count, scaling, reference, above);
+      part = sums_of<L, SCALE>(from, count, scaling, reference == -infinity ? 0 : reference, above);
       if (above <= drift) break;
     }
     softmax.merge(part);
