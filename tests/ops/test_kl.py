@@ -103,6 +103,19 @@ def test_the_same_numbers_as_logprobs(run, device):
     assert torch.allclose(out[3], logprobs(logits, ids, temperature=0.8).entropy, atol=2e-6)
 
 
+def test_peaks_after_the_first_tiles(run, device):
+    # A kernel that takes the maxima of the tiles before as its references: exp overflows, or digits are lost.
+    rises = torch.tensor([0.5, 3.75, 4.25, 8.0, 30.0, 100.0, 500.0])
+    logits, ref_logits, ids = case((len(rises), 9000), seed=11, scale=0.5, apart=0.2)
+    logits[:, 5000], ref_logits[:, 5000] = rises, rises.flip(0)
+    ref_logits[:, 8500] = 6.0
+    ids[::2] = 5000
+    out = run(logits.to(device), ref_logits.to(device), ids.to(device))
+    for ours, theirs in zip(out, oracle(logits, ref_logits, ids), strict=False):
+        error = (ours.cpu() - theirs).abs()
+        assert bool((error <= 2e-6 * (1 + theirs.abs())).all()), error
+
+
 def test_minus_inf(run, device):
     logits, ref_logits, ids = case((5, 40), seed=3)
     ids[:] = 30
