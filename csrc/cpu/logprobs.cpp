@@ -1,8 +1,8 @@
 // Chosen-token logprob, entropy and logsumexp of every row of logits, and their gradient, on the CPU.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Forward: a tile stays in the L1 cache between its maximum and its sums, while the next one is on its way: memory is
-// read once. Backward: one read and one write.
+// Forward: one read; a tile that rises far above those before it is summed again while it is in the L1 cache. Backward:
+// one read and one write.
 #include "../logprobs.h"
 
 #include <omp.h>

@@ -1,6 +1,8 @@
-// A row of logits, a tile at a time: scaled into the L1 cache, then reduced. SPDX-License-Identifier: Apache-2.0
+// A row of logits, a tile at a time: summed as it is read, or scaled into the L1 cache. SPDX-License-Identifier:
+// Apache-2.0
 //
-// The tiles of a row and the tree of each sum follow from V alone, and for all dtypes the same code reduces them.
+// The tiles of a row and the tree of each sum follow from V alone. Against what a tile is summed follows from the tiles
+// before it, so from the row alone.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,7 +13,7 @@
 namespace rlhf_fast::cpu {
 
 constexpr int tile = 4096;  // logits; 16 KB as float
-constexpr int step = 32;    // a tile is filled up to whole steps, and a loop takes one of them at once
+constexpr int step = 32;    // a tile in the cache is filled up to whole steps
 
 enum class Scale { none, temperature, softcap };
 
