@@ -1,5 +1,5 @@
-// A row of logits, a tile at a time: summed as it is read, or scaled into the L1 cache. SPDX-License-Identifier:
-// Apache-2.0
+// A row of logits, a tile at a time: summed as it is read, or scaled into the L1 cache.
+// SPDX-License-Identifier: Apache-2.0
 //
 // The tiles of a row and the tree of each sum follow from V alone. Against what a tile is summed follows from the tiles
 // before it, so from the row alone.
