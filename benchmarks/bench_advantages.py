@@ -3,8 +3,12 @@
 The pieces are shape_rewards, gae (already a kernel) and whiten, one after the other, as a trainer calls them.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
-from harness import device_name, devices, interleave, save, table
+from harness import Case, compiled, sets, turning
+from record import run
+from torch import Tensor
 
 from rlhf_fast import advantages, gae, shape_rewards, whiten
 from rlhf_fast.dispatch import IMPLEMENTATIONS
@@ -12,44 +16,52 @@ from rlhf_fast.dispatch import IMPLEMENTATIONS
 # Reads logprobs, ref_logprobs, values (4 + 4 + 4) and mask (1), writes advantages, returns and rewards (4 + 4 + 4).
 # Whitening reads and writes the advantages once more (4 + 4), for it must have seen all of them.
 BYTES_PER_TOKEN = 33
+REMARK = "Floor: 33 bytes a token, each tensor once and the advantages twice, for whitening must have seen all of them."
 
 
-def measure(batch: int, tokens: int, device: str, kl: str) -> dict:
-    """One row of the table: responses of different lengths."""
-    logprobs, noise, values = (torch.randn(batch, tokens, device=device) for _ in range(3))
-    refs, scores = logprobs + 0.1 * noise, torch.randn(batch, device=device)
-    lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), device=device)
-    mask = torch.arange(tokens, device=device) < lengths
-    source = torch.randint(256, (mask.numel() * BYTES_PER_TOKEN // 2,), dtype=torch.uint8, device=device)
-    given, forms = (scores, logprobs, refs, values, mask), IMPLEMENTATIONS["advantages"]
+def agrees(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    """All three outputs."""
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
 
-    def pieces():
+
+def case(batch: int, tokens: int, device: str, kl: str) -> Case:
+    """Every candidate on one shape: responses of different lengths."""
+    half, forms = batch * tokens * BYTES_PER_TOKEN // 2, IMPLEMENTATIONS["advantages"]
+    copy = turning(torch.clone, sets(lambda: (torch.randint(256, (half,), dtype=torch.uint8, device=device),), device))
+
+    def make() -> tuple[Tensor, ...]:
+        logprobs, noise, values = (torch.randn(batch, tokens, device=device) for _ in range(3))
+        lengths = torch.randint(tokens // 2, tokens + 1, (batch, 1), device=device)
+        mask = torch.arange(tokens, device=device) < lengths
+        return torch.randn(batch, device=device), logprobs, logprobs + 0.1 * noise, values, mask
+
+    def pieces(scores: Tensor, logprobs: Tensor, refs: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         rewards = shape_rewards(scores, logprobs, refs, mask, kl_coef=0.05, kl=kl)
         found, returns = gae(rewards, values, mask)
         return whiten(found, mask), returns, rewards
 
-    candidates = {"ours": lambda: advantages(*given, kl_coef=0.05, kl=kl), "copy": source.clone, "pieces": pieces}
-    for ours, theirs in zip(candidates["ours"](), pieces(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4), "the pieces compute something else"
-    for name in [n for n in ("cuda", "triton") if device == "cuda" and n in forms]:
-        candidates[name] = lambda form=forms[name]: form(*given, kl_coef=0.05, kl=kl)
-    compiled = torch.compile(forms["reference"], dynamic=False)
-    candidates["compile"] = lambda: compiled(*given, kl_coef=0.05, kl=kl)
-    times = interleave(candidates, device=device)
-    row = {"shape": f"{batch}x{tokens} {kl}", "ours, us": times["ours"] * 1e6}
-    row |= {"GB/s": mask.numel() * BYTES_PER_TOKEN / times["ours"] / 1e9, "/ copy": times["ours"] / times["copy"]}
-    return row | {f"{name} / ours": times[name] / times["ours"] for name in times if name not in ("ours", "copy")}
+    given: dict[str, Callable] = {"pieces": pieces}
+    for name in [n for n in (*(("cuda", "triton") if device == "cuda" else ("cpp",)), "reference") if n in forms]:
+        given[name] = lambda *tensors, form=forms[name]: form(*tensors, kl_coef=0.05, kl=kl)
+    whole = compiled(forms["reference"], device)
+    given["compile"] = lambda *tensors: whole(*tensors, kl_coef=0.05, kl=kl)
+    return Case(
+        name=f"{batch}x{tokens} {kl}",
+        bytes=batch * tokens * BYTES_PER_TOKEN,
+        inputs=sets(make, device),
+        ours=lambda *tensors: advantages(*tensors, kl_coef=0.05, kl=kl),
+        peers=given,
+        floors={"copy": lambda *_: copy()},
+        agrees=agrees,
+    )
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for device in devices():
-        shapes = [(64, 53, "k1"), (64, 1024, "k1"), (64, 1024, "k3"), (512, 1024, "k1")]
-        shapes += [(4096, 8192, "k1")] if device == "cuda" else []
-        rows = [measure(batch, tokens, device, kl) for batch, tokens, kl in shapes]
-        table(f"advantages on {device_name(device)}, float32, medians of interleaved runs", rows)
-        print(f"written to {save('advantages', device, rows)}")
+def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    for batch, tokens, kl in ((64, 53, "k1"), (64, 1024, "k1"), (64, 1024, "k3"), (512, 1024, "k1")):
+        yield case(batch, tokens, device, kl)
+    if device == "cuda":
+        yield case(4096, 8192, device, "k1")
 
 
 if __name__ == "__main__":
-    main()
+    run("advantages", cases, REMARK)
