@@ -93,6 +93,17 @@ def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strid
     return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
 
 
+def sample_call(dtype: torch.dtype, knobs: str, tokens: bool, length: int) -> list:
+    """Arguments of the Triton function ``sample``; ``knobs`` has a letter for each that is there, as tpk of "tkpm"."""
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    keys = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+    given = [torch.ones(4, dtype=torch.int64 if x == "k" else torch.float64) if x in knobs else None for x in "tkpmrsf"]
+    per_token = [torch.empty(4, length, dtype=d) if tokens else None for d in (torch.int64, result, torch.bool)]
+    floats = [torch.empty(4, dtype=result) for _ in range(4)]
+    outputs = [torch.empty(4, dtype=torch.int64), *floats, torch.empty(4, dtype=torch.int64)]
+    return [torch.empty(4, length, dtype=dtype), *keys, *given, *per_token, *outputs, torch.empty(4, dtype=torch.int8)]
+
+
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
 TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
     "gae": {
@@ -127,6 +138,15 @@ TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
             (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
             (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
             (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
+        )
+    },
+    "sample": {
+        f"{str(dtype).removeprefix('torch.')} {name}": partial(sample_call, dtype, knobs, tokens)
+        for dtype, name, knobs, tokens in (
+            (torch.float32, "plain", "t", False),
+            (torch.bfloat16, "filters", "tkpm", False),
+            (torch.float16, "all", "tkpmrsf", True),
+            (torch.float64, "all", "tkpmrsf", True),
         )
     },
 }
