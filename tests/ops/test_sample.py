@@ -72,6 +72,11 @@ def transformers_scores(logits, temperature=None, top_k=None, top_p=None, min_p=
     return scores
 
 
+def interpreted(request):
+    """Whether the form is Triton's interpreter, where a row takes milliseconds: fewer rows, enough to see a bug."""
+    return "triton-cpu" in request.node.callspec.id
+
+
 def words(*numbers):
     return tuple(torch.tensor([n]) for n in numbers)
 
@@ -150,8 +155,8 @@ def test_hand_computed(run, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [50, 1003])
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_keeps_what_transformers_keeps(run, device, given, size, dtype):
-    logits = rows((40, size), dtype)
+def test_keeps_what_transformers_keeps(run, device, given, size, dtype, request):
+    logits = rows((4 if interpreted(request) else 40, size), dtype)
     scores = transformers_scores(logits, **given)
     out = call(run, device, logits, **given)
     assert out.kept.tolist() == (scores > -math.inf).sum(1).tolist()
@@ -175,25 +180,25 @@ def test_the_kept_set_is_that_of_transformers(given):
 
 
 @pytest.mark.parametrize("given", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
-def test_draws_all_of_the_support_and_nothing_else(run, device, given):
-    logits = rows((1, 40), seed=5)
+def test_draws_all_of_the_support_and_nothing_else(run, device, given, request):
+    logits, draws = rows((1, 40), seed=5), 60 if interpreted(request) else 3000
     scores = transformers_scores(logits, **given)
     probabilities = scores[0].double().softmax(0)
-    out = call(run, device, logits.expand(3000, 40), **given)
+    out = call(run, device, logits.expand(draws, 40), **given)
     counts = torch.bincount(out.ids, minlength=40)
     assert bool((counts[probabilities == 0] == 0).all())
-    assert bool((counts[probabilities > 0.02] > 0).all())  # each missed with a chance of e^-60
+    assert bool((counts[probabilities > 60 / draws] > 0).all())  # each missed with a chance of e^-60
 
 
 @pytest.mark.parametrize("vary", ["seeds", "positions"])
-def test_frequencies_are_the_probabilities(run, device, vary):
-    logits = rows((1, 12), seed=7, scale=1.0)
-    many = torch.arange(20000) * 7919 - 10**6
-    fixed = torch.full((20000,), 123456789)
+def test_frequencies_are_the_probabilities(run, device, vary, request):
+    logits, draws = rows((1, 12), seed=7, scale=1.0), 300 if interpreted(request) else 20000
+    many = torch.arange(draws) * 7919 - 10**6
+    fixed = torch.full((draws,), 123456789)
     seeds, positions = (many, fixed) if vary == "seeds" else (fixed, many)
-    out = call(run, device, logits.expand(20000, 12), seeds, positions)
+    out = call(run, device, logits.expand(draws, 12), seeds, positions)
     counts = torch.bincount(out.ids, minlength=12)
-    expected = logits[0].double().softmax(0) * 20000
+    expected = logits[0].double().softmax(0) * draws
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), chi_square / 2) > 1e-4
 
@@ -237,8 +242,10 @@ def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
 
 
 @pytest.mark.parametrize("given", [{}, {"top_p": 0.9}, {"top_k": 50, "min_p": 0.01}], ids=str)
-def test_threads_change_no_bit(run, device, given):
+def test_threads_change_no_bit(run, device, given, request):
     # Tensor.sum of one long row adds in another order than of many, once there is more than one thread.
+    if interpreted(request):
+        pytest.skip("Triton's interpreter has no threads")
     logits, seeds = rows((6, 9001), torch.float64, seed=13), torch.arange(6)
     before, expected = torch.get_num_threads(), call(run, device, logits, seeds, **given)
     try:
@@ -278,9 +285,9 @@ PATTERNS = {
 @pytest.mark.parametrize("given", [*SETTINGS, {"top_k": 700}, {"top_k": 3000, "top_p": 0.6}, {"min_p": 1e-7},
                                    {"top_p": 0.999999}, {"top_p": 0.9, "min_p": 0.4}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern, given):
+def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern, given, request):
     """Several chunks of tokens, more than are sorted at once, and a pruning that finds nothing to prune."""
-    logits = PATTERNS[pattern](rows((3, 20011), seed=30))
+    logits = PATTERNS[pattern](rows((1, 4611) if interpreted(request) else (3, 20011), seed=30))
     ours, theirs = (call(form, where, logits, **given) for form, where in ((run, device), (reference, "cpu")))
     for field in ("ids", "kept", "status"):
         assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
@@ -289,8 +296,8 @@ def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern,
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_1000_rows_keep_what_transformers_keeps(run, device, given):
-    logits = rows((1000, 301), torch.float64, seed=31)
+def test_1000_rows_keep_what_transformers_keeps(run, device, given, request):
+    logits = rows((8 if interpreted(request) else 1000, 301), torch.float64, seed=31)
     keeps = transformers_scores(logits, **given) > -math.inf
     out = call(run, device, logits, **given)
     assert torch.equal(out.kept, keeps.sum(1))
@@ -307,7 +314,8 @@ def cumulative(logits, **given):
 @pytest.mark.parametrize("given", [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize(("size", "draws"), [(40, 20000), (1003, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given):
+def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given, request):
+    draws = 40 if interpreted(request) else draws
     logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
     u = uniform(seeds, torch.zeros_like(seeds))
     out = call(run, device, logits.expand(draws, size), seeds, **given)
@@ -319,9 +327,9 @@ def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [2, 700])
-def test_across_a_boundary_of_the_cdf(run, device, size, dtype):
+def test_across_a_boundary_of_the_cdf(run, device, size, dtype, request):
     """The bound that the kernels state: only a uniform nearer than that to a boundary may fall on its other side."""
-    seeds = torch.arange(100) + 5
+    seeds = torch.arange(20 if interpreted(request) else 100) + 5
     u, shape = uniform(seeds, torch.zeros_like(seeds)), (len(seeds), size)
     later = (torch.arange(size) * 2 >= size).expand(shape)
     logits = rows(shape, torch.float64, seed=33)
@@ -339,7 +347,7 @@ def test_across_a_boundary_of_the_cdf(run, device, size, dtype):
                             for form, where in ((run, device), (reference, "cpu")))  # fmt: skip
             assert bool(((ours >= size // 2) == (sign < 0))[decided].all())
             assert bool(((theirs >= size // 2) == (sign < 0))[decided].all())
-            assert int(decided.sum()) >= (90 if exponent > bound else 0)
+            assert int(decided.sum()) >= (0.9 * len(seeds) if exponent > bound else 0)
             differ += int((ours != theirs).sum())
     assert differ <= 2 * len(seeds)
 
@@ -438,14 +446,14 @@ def test_pitfall_12_one_bad_row_leaves_the_others_alone(run, device):
             assert torch.equal(ours[[0, 5, 6]], theirs)
 
 
-def test_pitfall_12_a_token_of_no_probability_is_never_drawn(run, device):
+def test_pitfall_12_a_token_of_no_probability_is_never_drawn(run, device, request):
     # vllm#50843: an id outside of the vocabulary, or a token of -inf, where a whole tile is -inf.
-    logits = torch.full((500, 1003), -math.inf)
+    logits = torch.full((40 if interpreted(request) else 500, 1003), -math.inf)
     logits[:, 1002], logits[:, 640] = 0.0, -1.0
     for given in ({}, {"top_p": 0.99}, {"top_k": 700}, {"min_p": 0.01}):
         out = call(run, device, logits, **given)
         assert set(out.ids.tolist()) == {640, 1002}
-        assert out.kept.tolist() == [2] * 500
+        assert out.kept.tolist() == [2] * len(logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -489,8 +497,8 @@ def test_top_k_ties_after_the_temperature_as_in_transformers(run, device):
     assert int(call(run, device, logits, temperature=3.0, top_k=1).kept) == 2
 
 
-def test_of_tied_tokens_top_p_keeps_the_last(run, device):
-    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0]]).expand(400, 4)
+def test_of_tied_tokens_top_p_keeps_the_last(run, device, request):
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0]]).expand(40 if interpreted(request) else 400, 4)
     assert set(call(run, device, logits, top_p=0.6).ids.tolist()) == {1, 2, 3}
 
 
