@@ -1,0 +1,303 @@
+// Sampling in two launches: a warp per tile of 1024 tokens, then a block per row. SPDX-License-Identifier: Apache-2.0
+//
+// The first launch is the one read of all logits, with 16-byte loads where a row allows them: of each tile it keeps the
+// largest scores of four chunks, sum exp(z), sum z exp(z) and how many tokens are finite, 32 bytes for 4096 of float32
+// logits. Rows and tiles fill the GPU alike, so that a single row is read as fast as many. The second launch merges the
+// tiles of a row in one order, draws a tile and reads that tile again. Filters read again what their bracket reaches
+// (sample_filters.cuh): some chunks for top-k, min-p and a small nucleus; for a wide nucleus an eighth of the row and
+// once the chunks that reach it, two histograms and one collection more at worst for float32. Which thread takes which
+// token follows from V alone, and so do all sums: a row has the same bits in any batch.
+//
+// Against the reference: as csrc/cpu/sample.cpp. exp is taken and a tile added up in float for float logits, to 2^-20;
+// where top-p lies nearer than that to a token's cumulative mass, all masses are added up once more in double.
+#include "sample_draw.cuh"
+
+namespace rlhf_fast::cuda {
+namespace {
+
+// The largest of a warp.
+__device__ inline float largest(float x) { return real<float>(__reduce_max_sync(ALL, ordinal(x))); }
+__device__ inline double largest(double x) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    const double other = __shfl_xor_sync(ALL, x, distance);
+    x = max(x, other);
+  }
+  return x;
+}
+template <class A>
+__device__ A sum_of_warp(A x) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+  return x;
+}
+
+// exp(distance / temperature), and its exponent in units that add up to the entropy.
+template <class A>
+struct Weigher;
+template <>
+struct Weigher<float> {
+  float high, low, lowest;  // 1 / temperature in units of log(2), in two parts; exp is 0 below `lowest`
+  __device__ explicit Weigher(double temperature) {
+    constexpr double most = 3.4028234663852886e38;
+    const double reciprocal = temperature == 1 ? 1.4426950408889634 : min(1.4426950408889634 / temperature, most);
+    high = static_cast<float>(reciprocal);
+    low = static_cast<float>(reciprocal - high);
+    lowest = max(-126.0f / high, -3.4028234663852886e38f);
+  }
+  // Of a finite distance.
+  __device__ float operator()(float distance, float& exponent) const {
+    distance = max(lowest, distance);
+    exponent = distance * high;
+    const float rest = fmaf(distance, low, fmaf(distance, high, -exponent)) * 0.6931471805599453f;
+    const float power = power_of_2(exponent);
+    return fmaf(power, rest, power);
+  }
+  __device__ static float spread(float dot) { return dot * 0.6931471805599453f; }
+  __device__ static float power_of_2(float x) {
+#ifdef RLHF_FAST_SIMT
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+  }
+};
+template <>
+struct Weigher<double> {
+  double reciprocal;
+  __device__ explicit Weigher(double temperature) : reciprocal(min(1 / temperature, 1.7976931348623157e308)) {}
+  __device__ double operator()(double distance, double& exponent) const {
+    exponent = max(-1e4, distance * reciprocal);
+    return exp(exponent);
+  }
+  __device__ static double spread(double dot) { return dot; }
+};
+
+// A lane's tokens of a tile, in vectors of 16 bytes; -inf where the row has ended.
+template <class T, class A>
+__device__ void load(const Line<T>& line, int64_t first, A (&x)[TILE_ITEMS]) {
+  constexpr int SIDE = 16 / sizeof(T);
+  struct alignas(16) Pack {
+    T x[SIDE];
+  };
+  const int64_t stride = line.s.logits.stride[1], size = line.size();
+  const T* const row = line.data();
+  const int64_t mine = first + my_lane() * SIDE;
+  if (stride == 1 && first + TILE <= size && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
+    Pack packs[TILE_ITEMS / SIDE];
+#pragma unroll
+    for (int v = 0; v < TILE_ITEMS / SIDE; v++)
+      packs[v] = *reinterpret_cast<const Pack*>(row + mine + v * WARP * SIDE);
+#pragma unroll
+    for (int k = 0; k < TILE_ITEMS; k++) x[k] = widen(packs[k / SIDE].x[k % SIDE]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < TILE_ITEMS; k++) {
+      const int64_t i = mine + k / SIDE * WARP * SIDE + k % SIDE;
+      x[k] = i < size ? widen(row[i * stride]) : A(-INFINITE);
+    }
+  }
+}
+
+template <class A>
+__device__ Tile<A> summarize(const A (&x)[TILE_ITEMS], const Weigher<A>& weigh, int64_t size) {
+  constexpr int PART = TILE_ITEMS / TILE_CHUNKS;
+  Tile<A> tile;
+  bool broken = false, none = false;
+#pragma unroll
+  for (int c = 0; c < TILE_CHUNKS; c++) {
+    A most = A(-INFINITE);
+#pragma unroll
+    for (int k = c * PART; k < (c + 1) * PART; k++) {
+      most = max(most, x[k]);
+      broken |= !(x[k] < A(INFINITE));
+      none |= x[k] == A(-INFINITE);
+    }
+    tile.tops[c] = largest(most);
+  }
+  const A top = tile.top();
+  A mass = 0, dot = 0;
+  tile.broken = __ballot_sync(ALL, broken) != 0;
+  tile.finite = static_cast<int32_t>(size);
+  if (__ballot_sync(ALL, none) == 0) {
+#pragma unroll
+    for (int c = 0; c < TILE_CHUNKS; c++) {
+      A masses[2] = {}, dots[2] = {};
+#pragma unroll
+      for (int k = c * PART; k < (c + 1) * PART; k++) {
+        A exponent;
+        const A weight = weigh(x[k] - top, exponent);
+        masses[k % 2] += weight;
+        dots[k % 2] += weight * exponent;
+      }
+      mass += masses[0] + masses[1];
+      dot += dots[0] + dots[1];
+    }
+  } else {
+    int finite = 0;
+#pragma unroll
+    for (int c = 0; c < TILE_CHUNKS; c++) {
+      A masses[2] = {}, dots[2] = {};
+#pragma unroll
+      for (int k = c * PART; k < (c + 1) * PART; k++) {
+        A exponent;
+        const bool counts = x[k] > A(-INFINITE);
+        const A weight = weigh(counts ? x[k] - top : A(0), exponent);
+        finite += counts;
+        masses[k % 2] += counts ? weight : A(0);
+        dots[k % 2] += counts ? weight * exponent : A(0);
+      }
+      mass += masses[0] + masses[1];
+      dot += dots[0] + dots[1];
+    }
+    tile.finite = sum_of_warp(finite);
+  }
+  tile.mass = sum_of_warp(mass), tile.spread = Weigher<A>::spread(sum_of_warp(dot));
+  return tile;
+}
+
+template <class A>
+struct Scratch {
+  Tile<A>* tiles;  // [rows, 1 or 2, count]: of the logits, and of the scores if they are others
+  double* above;   // [rows, count * TILE_CHUNKS]
+  int64_t count;   // of tiles in a row
+};
+
+// As in a row without bias, penalties and forbidden tokens, BARE.
+template <class T, bool BARE>
+__global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 8 : 1)
+    sample_tile_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch, int blocks_per_row) {
+  using A = typename Wide<T>::type;
+  const int64_t row = blockIdx.x / blocks_per_row;
+  const int64_t tile = int64_t(blockIdx.x % blocks_per_row) * warps() + my_warp();
+  if (tile >= scratch.count) return;
+  const Knobs knobs(s, row);
+  const Line<T> line(s, row, knobs);
+  const Weigher<A> weigh(knobs.divisor());
+  const int64_t first = tile * TILE, size = min(line.size() - first, int64_t(TILE));
+  A x[TILE_ITEMS];
+  load(line, first, x);
+  Tile<A>* const to = scratch.tiles + row * (BARE ? 1 : 2) * scratch.count + tile;
+  Tile<A> found = summarize(x, weigh, size);
+  if constexpr (BARE) {
+    if (my_lane() == 0) *to = found;
+  } else {
+    constexpr int SIDE = 16 / sizeof(T);
+    bool broken = found.broken;
+#pragma unroll
+    for (int k = 0; k < TILE_ITEMS; k++) {
+      const int64_t i = first + my_lane() * SIDE + k / SIDE * WARP * SIDE + k % SIDE;
+      if (i >= line.size()) continue;
+      x[k] = line.changed(x[k], i);
+      broken |= !(x[k] < A(INFINITE));
+      if (!line.allowed(i)) x[k] = A(-INFINITE);
+    }
+    found.broken = __ballot_sync(ALL, broken) != 0;
+    if (my_lane() == 0) *to = found;
+    found = summarize(x, weigh, size);
+    if (my_lane() == 0) to[scratch.count] = found;
+  }
+}
+
+template <class A>
+__device__ void finish(const Sampling& s, int64_t row, int status, const Drawn& drawn, double policy, double entropy) {
+  if (threadIdx.x != 0) return;
+  const A logprob = static_cast<A>(drawn.logprob), of_policy = static_cast<A>(policy);
+  static_cast<int64_t*>(s.ids.data)[row] = drawn.id;
+  static_cast<int64_t*>(s.kept.data)[row] = drawn.kept;
+  static_cast<A*>(s.logprobs.data)[row] = logprob;
+  static_cast<A*>(s.policy_logprobs.data)[row] = of_policy;
+  static_cast<A*>(s.kept_logmass.data)[row] = of_policy - logprob;
+  static_cast<A*>(s.entropy.data)[row] = static_cast<A>(entropy);
+  static_cast<int8_t*>(s.status.data)[row] = static_cast<int8_t>(status);
+}
+
+template <class T>
+__global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
+    sample_row_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch) {
+  using A = typename Wide<T>::type;
+  __shared__ Shared<A> shared;
+  const int64_t row = blockIdx.x;
+  const Knobs knobs(s, row);
+  const Line<T> line(s, row, knobs);
+  const bool bare = !line.processed();
+  const Tiles<A> policy_tiles = {scratch.tiles + row * (bare ? 1 : 2) * scratch.count, scratch.count, line.size()};
+  const Tiles<A> tiles = {policy_tiles.tiles + (bare ? 0 : scratch.count), scratch.count, line.size()};
+  const Merged<A> policy(shared.meet, policy_tiles, knobs.divisor());
+  const Merged<A> all = bare ? policy : Merged<A>(shared.meet, tiles, knobs.divisor());
+  const double nan = __builtin_nan("");
+  if (policy.broken) return finish<A>(s, row, 1, {}, nan, nan);
+  if (all.top == A(-INFINITE) || !knobs.in_range()) return finish<A>(s, row, 2, {}, nan, nan);
+
+  const Scale scale = {double(all.top), knobs.divisor()};
+  const Filters<T> filters = {{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}};
+  const double u = uniform(static_cast<const int64_t*>(s.seeds.data)[row * s.seeds.stride[0]],
+                           static_cast<const int64_t*>(s.positions.data)[row * s.positions.stride[0]]);
+  const Drawing<T> drawing = {filters, knobs, all, u};
+  const A divisor = static_cast<A>(knobs.temperature), ratio = all.top / divisor;
+  const bool greedy = divisor == A(0) || ratio == A(INFINITE) || ratio == A(-INFINITE) || knobs.top_p <= 0;
+  const Drawn drawn = greedy ? Drawn{drawing.likeliest(), 1, 0} : drawing.filtered();
+  const double log_mass = log(policy.mass);
+  const double z = Scale{double(policy.top), knobs.divisor()}(line.raw(drawn.id));
+  finish<A>(s, row, 0, drawn, z - log_mass, log_mass - policy.spread / policy.mass);
+}
+
+template <class T>
+void run(const Sampling& s, const View& scratch, cudaStream_t stream) {
+  using A = typename Wide<T>::type;
+  const bool bare = !s.bias && !s.counts && !s.allowed;
+  const int64_t rows = s.logits.shape[0], count = (s.logits.shape[1] + TILE - 1) / TILE;
+  const int64_t words = static_cast<int64_t>(sizeof(Tile<A>) / sizeof(double)) * (bare ? 1 : 2) + TILE_CHUNKS;
+  if (scratch.dtype != Dtype::float64 || scratch.dims != 1 || scratch.stride[0] != 1 ||
+      scratch.shape[0] < rows * count * words)
+    throw std::invalid_argument("sample: scratch is too small");
+  Tile<A>* const tiles = scratch.as<Tile<A>>();
+  const Scratch<A> room = {tiles, reinterpret_cast<double*>(tiles + rows * count * (bare ? 1 : 2)), count};
+  const int tile_warps = static_cast<int>(count < TILE_WARPS ? count : TILE_WARPS);
+  const int64_t blocks = (count + tile_warps - 1) / tile_warps;
+  launch(bare ? sample_tile_kernel<T, true> : sample_tile_kernel<T, false>, "sample_tile_kernel", rows * blocks,
+         tile_warps * WARP, stream, s, room, static_cast<int>(blocks));
+  const int64_t chunks = (s.logits.shape[1] + CHUNK - 1) / CHUNK;
+  launch(sample_row_kernel<T>, "sample_row_kernel", rows,
+         static_cast<int>(chunks < ROW_WARPS ? chunks : ROW_WARPS) * WARP, stream, s, room);
+}
+
+}  // namespace
+
+void sample(View logits, View seeds, View positions, View temperature, View top_k, View top_p, View min_p,
+            View repetition_penalty, View presence_penalty, View frequency_penalty, View token_counts, View logit_bias,
+            View allowed, View ids, View logprobs, View policy_logprobs, View kept_logmass, View entropy, View kept,
+            View status, View scratch, int device, uintptr_t stream) {
+  const Sampling s = {logits,
+                      seeds,
+                      positions,
+                      temperature,
+                      top_k,
+                      top_p,
+                      min_p,
+                      repetition_penalty,
+                      presence_penalty,
+                      frequency_penalty,
+                      token_counts,
+                      logit_bias,
+                      allowed,
+                      ids,
+                      logprobs,
+                      policy_logprobs,
+                      kept_logmass,
+                      entropy,
+                      kept,
+                      status};
+  check_sample(s);
+  if (logits.shape[0] == 0) return;
+  const DeviceGuard guard(device);
+  const auto typed = logits.dtype == Dtype::float64    ? run<double>
+                     : logits.dtype == Dtype::bfloat16 ? run<bfloat16>
+                     : logits.dtype == Dtype::float16  ? run<float16>
+                                                       : run<float>;
+  typed(s, scratch, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace rlhf_fast::cuda

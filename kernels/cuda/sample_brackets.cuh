@@ -1,0 +1,240 @@
+// Which tokens of a row have scores in a bracket, by a block: collected and sorted in shared memory, or counted.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "sample_row.cuh"
+
+namespace rlhf_fast::cuda {
+namespace {
+
+constexpr int ROOM = 2048;  // candidates
+constexpr int BINS = 2048;
+constexpr int WINDOW = 1024;   // chunks that are listed at a time
+
+template <class A>
+struct Shared {
+  Meetings meet;
+  union {
+    struct {
+      double z[ROOM];
+      A scores[ROOM];
+      int32_t ids[ROOM];
+      uint16_t order[ROOM];
+    } candidates;
+    unsigned long long bins[BINS];
+  };
+  uint16_t list[WINDOW];
+  int counts[2][ROW_WARPS];
+};
+
+// The tokens that are left: those from `least` on above the edge, and from this id on if they are at it.
+template <class A>
+struct Kept {
+  A least = A(-INFINITE);
+  double z = -INFINITE;
+  int64_t id = 0;
+  __device__ bool operator()(A score, double of_score, int64_t i) const {
+    return score >= least && (of_score > z || (of_score == z && i >= id));
+  }
+};
+
+// What collect() found: candidates from `least` to `most`, and tokens above that.
+template <class A>
+struct Found {
+  A least, most;
+  int count;  // of candidates; -1 if there was no room for all
+  int64_t above_count;
+  double above;
+};
+
+// Tokens of one row by their scores.
+template <class T>
+struct Brackets {
+  using A = typename Wide<T>::type;
+  using I = typename Whole<A>::type;
+  using U = typename Whole<A>::distance;
+  static constexpr A NONE = A(-INFINITE), ANY = A(INFINITE);
+
+  const Line<T>& line;
+  const Tiles<A>& tiles;
+  const Scale& scale;
+  Shared<A>& shared;
+  double* above;  // per chunk
+
+  __device__ A token(int64_t i) const { return i < tiles.size ? line.score(i) : NONE; }
+  __device__ static A below(A x) { return real<A>(ordinal(x) - 1); }
+
+  // The chunks of a window whose largest score reaches `least`, in shared.list; how many.
+  __device__ int list(int64_t window, A least) const {
+    int filled = 0;
+    for (int start = 0; start < WINDOW && window + start < tiles.chunks(); start += blockDim.x) {
+      const int64_t c = window + start + threadIdx.x;
+      const bool in = start + int(threadIdx.x) < WINDOW && c < tiles.chunks() && tiles.top(c) >= least;
+      const unsigned which = __ballot_sync(ALL, in);
+      __syncthreads();
+      if (my_lane() == 0) shared.counts[0][my_warp()] = __popc(which);
+      __syncthreads();
+      int at = filled + __popc(which & ((1u << my_lane()) - 1));
+      for (int w = 0; w < warps(); w++) {
+        at += w < my_warp() ? shared.counts[0][w] : 0;
+        filled += shared.counts[0][w];
+      }
+      if (in) shared.list[at] = static_cast<uint16_t>(c - window);
+    }
+    __syncthreads();
+    return filled;
+  }
+
+  // Of the tokens above `most` those that pass are counted, and weighed by chunks; those from `least` to `most`
+  // become candidates. Stops where there is no room for them.
+  template <class Passes>
+  __device__ Found<A> collect(A least, A most, bool counting, Passes passes) const {
+    constexpr int ITEMS = CHUNK / WARP;
+    Found<A> found = {least, most, 0, 0, 0};
+    const A lowest = max(-max_finite(A()), least);
+    double mine = 0;
+    int64_t counted = 0;
+    int turn = 0;
+    for (int64_t window = 0; window < tiles.chunks(); window += WINDOW) {
+      const int listed = list(window, lowest);
+#pragma unroll 1
+      for (int first = 0; first < listed; first += warps(), turn ^= 1) {
+        const bool some = first + my_warp() < listed;
+        const int64_t c = window + (some ? shared.list[first + my_warp()] : 0), start = c * CHUNK + my_lane();
+        A x[ITEMS];
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) x[j] = some ? token(start + j * WARP) : NONE;
+        int inside = 0;
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) inside += __popc(__ballot_sync(ALL, x[j] >= lowest && x[j] <= most));
+        if (most < ANY && some) {
+          double mass = 0;
+#pragma unroll 1
+          for (int j = 0; j < ITEMS; j++) {
+            const A score = token(start + j * WARP);
+            if (!(score > most)) continue;
+            const double z = scale(score);
+            if (!passes(score, z, start + j * WARP)) continue;
+            mass += counting ? 1.0 : exp(z);
+            counted++;
+          }
+          for (int distance = WARP / 2; distance > 0; distance /= 2) mass += __shfl_xor_sync(ALL, mass, distance);
+          if (my_lane() == 0) above[c] = mass, mine += mass;
+        }
+        if (my_lane() == 0) shared.counts[turn][my_warp()] = inside;
+        __syncthreads();
+        int at = found.count;
+        for (int w = 0; w < warps(); w++) {
+          at += w < my_warp() ? shared.counts[turn][w] : 0;
+          found.count += shared.counts[turn][w];
+        }
+        if (found.count > ROOM) {
+          found.count = -1;
+          __syncthreads();
+          return found;
+        }
+        if (inside == 0) continue;
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) {
+          const bool in = x[j] >= lowest && x[j] <= most;
+          const unsigned which = __ballot_sync(ALL, in);
+          const int to = at + __popc(which & ((1u << my_lane()) - 1));
+          if (in) put(to, x[j], start + j * WARP);
+          at += __popc(which);
+        }
+      }
+    }
+    __syncthreads();
+    if (most < ANY) {
+      found.above = combine(shared.meet, mine, Add());
+      found.above_count = combine(shared.meet, counted, Add());
+    }
+    return found;
+  }
+  __device__ Found<A> collect(A least) const {
+    return collect(least, ANY, false, [](A, double, int64_t) { return true; });
+  }
+  __device__ Found<A> collect(A least, A most) const {
+    return collect(least, most, false, [](A, double, int64_t) { return true; });
+  }
+  __device__ static float max_finite(float) { return 3.402823466e38f; }
+  __device__ static double max_finite(double) { return 1.7976931348623157e308; }
+
+  __device__ void put(int at, A score, int64_t id) const {
+    shared.candidates.scores[at] = score;
+    shared.candidates.z[at] = scale(score);
+    shared.candidates.ids[at] = static_cast<int32_t>(id);
+  }
+  __device__ double weight(int i, A least) const {
+    return shared.candidates.scores[i] >= least ? exp(shared.candidates.z[i]) : 0.0;
+  }
+
+  // Sorts shared.order, the places of the candidates.
+  template <class Before>
+  __device__ void sort(int n, Before before) const {
+    uint16_t* const order = shared.candidates.order;
+    int room = 2;
+    while (room < n) room *= 2;
+    for (int i = threadIdx.x; i < room; i += blockDim.x) order[i] = static_cast<uint16_t>(i);
+    __syncthreads();
+#pragma unroll 1
+    for (int size = 2; size <= room; size *= 2)
+#pragma unroll 1
+      for (int stride = size / 2; stride > 0; stride /= 2) {
+        for (int i = threadIdx.x; i < room / 2; i += blockDim.x) {
+          const int low = 2 * i - (i & (stride - 1)), high = low + stride;
+          const int a = order[low], b = order[high];
+          const bool sorted = b >= n || (a < n && before(a, b));
+          if (sorted == ((low & size) != 0)) order[low] = b, order[high] = a;
+        }
+        __syncthreads();
+      }
+  }
+
+  // How many tokens, or what mass in whole numbers, there is in each bin of scores from `low` up to `high`. Of one
+  // chunk of `step` if that is not 1; the last bin is then for all from `floor` on.
+  __device__ void histogram(A low, A high, int shift, int step, bool counting, A floor) const {
+    const double per_unit = ldexp(1.0, 62 - (64 - __clzll(tiles.size)));
+    __syncthreads();
+    for (int b = threadIdx.x; b < BINS; b += blockDim.x) shared.bins[b] = 0;
+    __syncthreads();
+    const U from = static_cast<U>(ordinal(high));
+#pragma unroll 1
+    for (int64_t c = int64_t(my_warp()) * step; c < tiles.chunks(); c += warps() * step) {
+      if (step == 1 && !(tiles.top(c) >= low)) continue;
+#pragma unroll 4
+      for (int j = 0; j < CHUNK / WARP; j++) {
+        const A x = token(c * CHUNK + j * WARP + my_lane());
+        if (!(x > NONE) || x > high || x < floor) continue;
+        const U bin = (from - static_cast<U>(ordinal(x))) >> shift;
+        atomicAdd(&shared.bins[bin < BINS ? bin : BINS - 1],
+                  counting ? 1ull : static_cast<unsigned long long>(scale.weight(x) * per_unit + .5));
+      }
+    }
+    __syncthreads();
+  }
+  __device__ double mass(unsigned long long bin) const {
+    return double(bin) * ldexp(1.0, (64 - __clzll(tiles.size)) - 62);
+  }
+  __device__ static int shift_of(A low, A high) {
+    U width = static_cast<U>(ordinal(high)) - static_cast<U>(ordinal(low));
+    int shift = 0;
+    while (width >= BINS) width >>= 1, shift++;
+    return shift;
+  }
+  // The ends of a bin.
+  __device__ static A upper(A high, int64_t bin, int shift) {
+    return real<A>(static_cast<I>(static_cast<U>(ordinal(high)) - (static_cast<U>(bin) << shift)));
+  }
+  __device__ static A lower(A low, A high, int64_t bin, int shift) {
+    return max(low, real<A>(static_cast<I>(static_cast<U>(ordinal(high)) - (static_cast<U>(bin + 1) << shift) + 1)));
+  }
+  __device__ double sum_of(const Found<A>& found, A floor) const {
+    double sum = 0;
+    for (int i = threadIdx.x; i < found.count; i += blockDim.x) sum += weight(i, floor);
+    return combine(shared.meet, sum, Add());
+  }
+  __device__ double above_of(int64_t chunk, A most) const { return tiles.top(chunk) > most ? above[chunk] : 0.0; }
+};
+
+}  // namespace
+}  // namespace rlhf_fast::cuda
