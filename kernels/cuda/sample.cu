@@ -77,19 +77,18 @@ struct Weigher<double> {
 
 // A lane's tokens of a tile, in vectors of 16 bytes; -inf where the row has ended.
 template <class T, class A>
-__device__ void load(const Line<T>& line, int64_t first, A (&x)[TILE_ITEMS]) {
+__device__ void load(const Line<A>& line, int64_t first, A (&x)[TILE_ITEMS]) {
   constexpr int SIDE = 16 / sizeof(T);
   struct alignas(16) Pack {
     T x[SIDE];
   };
-  const int64_t stride = line.s.logits.stride[1], size = line.size();
-  const T* const row = line.data();
+  const int64_t stride = line.s.logits.stride[1], size = line.size;
+  const T* const row = line.template data<T>();
   const int64_t mine = first + my_lane() * SIDE;
   if (stride == 1 && first + TILE <= size && reinterpret_cast<uintptr_t>(row + first) % 16 == 0) {
     Pack packs[TILE_ITEMS / SIDE];
 #pragma unroll
-    for (int v = 0; v < TILE_ITEMS / SIDE; v++)
-      packs[v] = *reinterpret_cast<const Pack*>(row + mine + v * WARP * SIDE);
+    for (int v = 0; v < TILE_ITEMS / SIDE; v++) packs[v] = *reinterpret_cast<const Pack*>(row + mine + v * WARP * SIDE);
 #pragma unroll
     for (int k = 0; k < TILE_ITEMS; k++) x[k] = widen(packs[k / SIDE].x[k % SIDE]);
   } else {
@@ -168,17 +167,18 @@ struct Scratch {
 // As in a row without bias, penalties and forbidden tokens, BARE.
 template <class T, bool BARE>
 __global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 8 : 1)
-    sample_tile_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch, int blocks_per_row) {
+    sample_tile_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch,
+                       int blocks_per_row) {
   using A = typename Wide<T>::type;
   const int64_t row = blockIdx.x / blocks_per_row;
   const int64_t tile = int64_t(blockIdx.x % blocks_per_row) * warps() + my_warp();
   if (tile >= scratch.count) return;
   const Knobs knobs(s, row);
-  const Line<T> line(s, row, knobs);
+  const Line<A> line(s, row, knobs);
   const Weigher<A> weigh(knobs.divisor());
-  const int64_t first = tile * TILE, size = min(line.size() - first, int64_t(TILE));
+  const int64_t first = tile * TILE, size = min(line.size - first, int64_t(TILE));
   A x[TILE_ITEMS];
-  load(line, first, x);
+  load<T>(line, first, x);
   Tile<A>* const to = scratch.tiles + row * (BARE ? 1 : 2) * scratch.count + tile;
   Tile<A> found = summarize(x, weigh, size);
   if constexpr (BARE) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 8 : 
 #pragma unroll
     for (int k = 0; k < TILE_ITEMS; k++) {
       const int64_t i = first + my_lane() * SIDE + k / SIDE * WARP * SIDE + k % SIDE;
-      if (i >= line.size()) continue;
+      if (i >= line.size) continue;
       x[k] = line.changed(x[k], i);
       broken |= !(x[k] < A(INFINITE));
       if (!line.allowed(i)) x[k] = A(-INFINITE);
@@ -214,31 +214,35 @@ __device__ void finish(const Sampling& s, int64_t row, int status, const Drawn& 
   static_cast<int8_t*>(s.status.data)[row] = static_cast<int8_t>(status);
 }
 
-template <class T>
-__global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
-    sample_row_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch) {
-  using A = typename Wide<T>::type;
+// A thread may take so many registers as let two blocks of 512 onto an SM, twice as many where the search for the
+// filters wants them; for double the blocks are half as large.
+template <class A>
+constexpr int ROW_BLOCK = sizeof(A) == 8 ? ROW_WARPS / 2 : ROW_WARPS;
+
+template <class A, bool FILTERED>
+__global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, FILTERED ? 1 : 2)
+    sample_row_kernel(const __grid_constant__ Sampling s, Scratch<A> scratch) {
   __shared__ Shared<A> shared;
   const int64_t row = blockIdx.x;
   const Knobs knobs(s, row);
-  const Line<T> line(s, row, knobs);
+  const Line<A> line(s, row, knobs);
   const bool bare = !line.processed();
-  const Tiles<A> policy_tiles = {scratch.tiles + row * (bare ? 1 : 2) * scratch.count, scratch.count, line.size()};
-  const Tiles<A> tiles = {policy_tiles.tiles + (bare ? 0 : scratch.count), scratch.count, line.size()};
-  const Merged<A> policy(shared.meet, policy_tiles, knobs.divisor());
-  const Merged<A> all = bare ? policy : Merged<A>(shared.meet, tiles, knobs.divisor());
+  const Tile<A>* const of_row = scratch.tiles + row * (bare ? 1 : 2) * scratch.count;
+  const Tiles<A> tiles = {of_row + (bare ? 0 : scratch.count), scratch.count, line.size};
+  const Merged<A> policy(shared.meet, {of_row, scratch.count, line.size}, knobs.divisor());
+  Merged<A> all = policy;
+  if (!bare) all = Merged<A>(shared.meet, tiles, knobs.divisor());
   const double nan = __builtin_nan("");
   if (policy.broken) return finish<A>(s, row, 1, {}, nan, nan);
   if (all.top == A(-INFINITE) || !knobs.in_range()) return finish<A>(s, row, 2, {}, nan, nan);
 
+  const double u = uniform(Knobs::whole(s.seeds, row), Knobs::whole(s.positions, row));
   const Scale scale = {double(all.top), knobs.divisor()};
-  const Filters<T> filters = {{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}};
-  const double u = uniform(static_cast<const int64_t*>(s.seeds.data)[row * s.seeds.stride[0]],
-                           static_cast<const int64_t*>(s.positions.data)[row * s.positions.stride[0]]);
-  const Drawing<T> drawing = {filters, knobs, all, u};
+  Drawing<A> drawing(Brackets<A>{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}, knobs,
+                     all, u);
   const A divisor = static_cast<A>(knobs.temperature), ratio = all.top / divisor;
   const bool greedy = divisor == A(0) || ratio == A(INFINITE) || ratio == A(-INFINITE) || knobs.top_p <= 0;
-  const Drawn drawn = greedy ? Drawn{drawing.likeliest(), 1, 0} : drawing.filtered();
+  const Drawn drawn = greedy ? Drawn{drawing.likeliest(), 1, 0} : drawing.template draw<FILTERED>();
   const double log_mass = log(policy.mass);
   const double z = Scale{double(policy.top), knobs.divisor()}(line.raw(drawn.id));
   finish<A>(s, row, 0, drawn, z - log_mass, log_mass - policy.spread / policy.mass);
@@ -260,8 +264,9 @@ void run(const Sampling& s, const View& scratch, cudaStream_t stream) {
   launch(bare ? sample_tile_kernel<T, true> : sample_tile_kernel<T, false>, "sample_tile_kernel", rows * blocks,
          tile_warps * WARP, stream, s, room, static_cast<int>(blocks));
   const int64_t chunks = (s.logits.shape[1] + CHUNK - 1) / CHUNK;
-  launch(sample_row_kernel<T>, "sample_row_kernel", rows,
-         static_cast<int>(chunks < ROW_WARPS ? chunks : ROW_WARPS) * WARP, stream, s, room);
+  const int warps = static_cast<int>(chunks < ROW_BLOCK<A> ? chunks : ROW_BLOCK<A>);
+  launch(s.top_k || s.top_p || s.min_p ? sample_row_kernel<A, true> : sample_row_kernel<A, false>, "sample_row_kernel",
+         rows, warps * WARP, stream, s, room);
 }
 
 }  // namespace

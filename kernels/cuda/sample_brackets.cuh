@@ -8,7 +8,7 @@ namespace {
 
 constexpr int ROOM = 2048;  // candidates
 constexpr int BINS = 2048;
-constexpr int WINDOW = 1024;   // chunks that are listed at a time
+constexpr int WINDOW = 1024;  // chunks that are listed at a time
 
 template <class A>
 struct Shared {
@@ -32,8 +32,9 @@ struct Kept {
   A least = A(-INFINITE);
   double z = -INFINITE;
   int64_t id = 0;
+  bool at_edge = false;  // no others, for once
   __device__ bool operator()(A score, double of_score, int64_t i) const {
-    return score >= least && (of_score > z || (of_score == z && i >= id));
+    return score >= least && ((of_score > z && !at_edge) || (of_score == z && i >= id));
   }
 };
 
@@ -47,20 +48,19 @@ struct Found {
 };
 
 // Tokens of one row by their scores.
-template <class T>
+template <class A>
 struct Brackets {
-  using A = typename Wide<T>::type;
   using I = typename Whole<A>::type;
   using U = typename Whole<A>::distance;
+  static constexpr int ITEMS = CHUNK / WARP;
   static constexpr A NONE = A(-INFINITE), ANY = A(INFINITE);
 
-  const Line<T>& line;
+  const Line<A>& line;
   const Tiles<A>& tiles;
   const Scale& scale;
   Shared<A>& shared;
   double* above;  // per chunk
 
-  __device__ A token(int64_t i) const { return i < tiles.size ? line.score(i) : NONE; }
   __device__ static A below(A x) { return real<A>(ordinal(x) - 1); }
 
   // The chunks of a window whose largest score reaches `least`, in shared.list; how many.
@@ -84,40 +84,28 @@ struct Brackets {
     return filled;
   }
 
-  // Of the tokens above `most` those that pass are counted, and weighed by chunks; those from `least` to `most`
-  // become candidates. Stops where there is no room for them.
-  template <class Passes>
-  __device__ Found<A> collect(A least, A most, bool counting, Passes passes) const {
-    constexpr int ITEMS = CHUNK / WARP;
+  // Of the tokens above `most` those that are kept are counted and, by chunks, weighed, or `counting` counted there
+  // too; those from `least` to `most` become candidates. Stops where there is no room for them.
+  __device__ Found<A> collect(A least, A most, const Kept<A>& kept, bool counting) const {
     Found<A> found = {least, most, 0, 0, 0};
     const A lowest = max(-max_finite(A()), least);
     double mine = 0;
     int64_t counted = 0;
     int turn = 0;
+#pragma unroll 1
     for (int64_t window = 0; window < tiles.chunks(); window += WINDOW) {
       const int listed = list(window, lowest);
 #pragma unroll 1
       for (int first = 0; first < listed; first += warps(), turn ^= 1) {
         const bool some = first + my_warp() < listed;
-        const int64_t c = window + (some ? shared.list[first + my_warp()] : 0), start = c * CHUNK + my_lane();
+        const int64_t c = window + (some ? shared.list[first + my_warp()] : 0);
         A x[ITEMS];
-#pragma unroll
-        for (int j = 0; j < ITEMS; j++) x[j] = some ? token(start + j * WARP) : NONE;
+        line.read(some ? c * CHUNK + my_lane() : tiles.size, x);
         int inside = 0;
 #pragma unroll
         for (int j = 0; j < ITEMS; j++) inside += __popc(__ballot_sync(ALL, x[j] >= lowest && x[j] <= most));
         if (most < ANY && some) {
-          double mass = 0;
-#pragma unroll 1
-          for (int j = 0; j < ITEMS; j++) {
-            const A score = token(start + j * WARP);
-            if (!(score > most)) continue;
-            const double z = scale(score);
-            if (!passes(score, z, start + j * WARP)) continue;
-            mass += counting ? 1.0 : exp(z);
-            counted++;
-          }
-          for (int distance = WARP / 2; distance > 0; distance /= 2) mass += __shfl_xor_sync(ALL, mass, distance);
+          const double mass = weigh_above(c, most, kept, counting, counted);
           if (my_lane() == 0) above[c] = mass, mine += mass;
         }
         if (my_lane() == 0) shared.counts[turn][my_warp()] = inside;
@@ -127,43 +115,52 @@ struct Brackets {
           at += w < my_warp() ? shared.counts[turn][w] : 0;
           found.count += shared.counts[turn][w];
         }
-        if (found.count > ROOM) {
-          found.count = -1;
-          __syncthreads();
-          return found;
-        }
+        if (found.count > ROOM) break;
         if (inside == 0) continue;
 #pragma unroll
         for (int j = 0; j < ITEMS; j++) {
           const bool in = x[j] >= lowest && x[j] <= most;
           const unsigned which = __ballot_sync(ALL, in);
           const int to = at + __popc(which & ((1u << my_lane()) - 1));
-          if (in) put(to, x[j], start + j * WARP);
+          if (in) {
+            shared.candidates.scores[to] = x[j];
+            shared.candidates.ids[to] = static_cast<int32_t>(c * CHUNK + j * WARP + my_lane());
+          }
           at += __popc(which);
         }
       }
+      if (found.count > ROOM) break;
     }
     __syncthreads();
+    if (found.count > ROOM) found.count = -1;
+    for (int i = threadIdx.x; i < found.count; i += blockDim.x)
+      shared.candidates.z[i] = scale(shared.candidates.scores[i]);
     if (most < ANY) {
       found.above = combine(shared.meet, mine, Add());
       found.above_count = combine(shared.meet, counted, Add());
     }
+    __syncthreads();
     return found;
   }
-  __device__ Found<A> collect(A least) const {
-    return collect(least, ANY, false, [](A, double, int64_t) { return true; });
-  }
-  __device__ Found<A> collect(A least, A most) const {
-    return collect(least, most, false, [](A, double, int64_t) { return true; });
+  // By one warp. The chunk is in the L1 cache by now.
+  __device__ double weigh_above(int64_t c, A most, const Kept<A>& kept, bool counting, int64_t& counted) const {
+    double mass = 0;
+#pragma unroll 1
+    for (int64_t i = c * CHUNK + my_lane(); i < (c + 1) * CHUNK; i += WARP) {
+      const A score = line.score(i);
+      if (!(score > most)) continue;
+      const double z = scale(score);
+      if (!kept(score, z, i)) continue;
+      mass += counting ? 1.0 : exp(z);
+      counted++;
+    }
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) mass += __shfl_xor_sync(ALL, mass, distance);
+    return mass;
   }
   __device__ static float max_finite(float) { return 3.402823466e38f; }
   __device__ static double max_finite(double) { return 1.7976931348623157e308; }
 
-  __device__ void put(int at, A score, int64_t id) const {
-    shared.candidates.scores[at] = score;
-    shared.candidates.z[at] = scale(score);
-    shared.candidates.ids[at] = static_cast<int32_t>(id);
-  }
   __device__ double weight(int i, A least) const {
     return shared.candidates.scores[i] >= least ? exp(shared.candidates.z[i]) : 0.0;
   }
@@ -200,14 +197,20 @@ struct Brackets {
     const U from = static_cast<U>(ordinal(high));
 #pragma unroll 1
     for (int64_t c = int64_t(my_warp()) * step; c < tiles.chunks(); c += warps() * step) {
-      if (step == 1 && !(tiles.top(c) >= low)) continue;
-#pragma unroll 4
-      for (int j = 0; j < CHUNK / WARP; j++) {
-        const A x = token(c * CHUNK + j * WARP + my_lane());
-        if (!(x > NONE) || x > high || x < floor) continue;
-        const U bin = (from - static_cast<U>(ordinal(x))) >> shift;
+      if (!(tiles.top(c) >= floor)) continue;
+      A x[ITEMS];
+      line.read(c * CHUNK + my_lane(), x);
+      bool some = false;  // nothing to wait for in the loop below
+#pragma unroll
+      for (int j = 0; j < ITEMS; j++) some |= x[j] >= floor && x[j] > NONE && x[j] <= high;
+      if (!some) continue;
+#pragma unroll 1
+      for (int64_t i = c * CHUNK + my_lane(); i < (c + 1) * CHUNK; i += WARP) {
+        const A score = line.score(i);
+        if (!(score > NONE) || score > high || score < floor) continue;
+        const U bin = (from - static_cast<U>(ordinal(score))) >> shift;
         atomicAdd(&shared.bins[bin < BINS ? bin : BINS - 1],
-                  counting ? 1ull : static_cast<unsigned long long>(scale.weight(x) * per_unit + .5));
+                  counting ? 1ull : static_cast<unsigned long long>(scale.weight(score) * per_unit + .5));
       }
     }
     __syncthreads();
@@ -230,6 +233,7 @@ struct Brackets {
   }
   __device__ double sum_of(const Found<A>& found, A floor) const {
     double sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < found.count; i += blockDim.x) sum += weight(i, floor);
     return combine(shared.meet, sum, Add());
   }

@@ -25,6 +25,7 @@ struct Merged {
   __device__ Merged(Meetings& meet, const Tiles<A>& tiles, double temperature) : mass(0), spread(0) {
     int64_t found = 0, any = 0;
     double most = -INFINITE;
+#pragma unroll 1
     for (int64_t t = threadIdx.x; t < tiles.count; t += blockDim.x) {
       const Tile<A> tile = tiles.tiles[t];
       most = max(most, double(tile.top()));
@@ -34,6 +35,7 @@ struct Merged {
     finite = combine(meet, found + (any << 40), Add());
     broken = finite >> 40, finite &= (int64_t(1) << 40) - 1;
     const Scale scale = {double(top), temperature};
+#pragma unroll 1
     for (int64_t t = threadIdx.x; t < tiles.count; t += blockDim.x) {
       const Tile<A> tile = tiles.tiles[t];
       double z;
@@ -46,14 +48,15 @@ struct Merged {
   }
 };
 
-template <class T>
+template <class A>
 struct Drawing {
-  using A = typename Wide<T>::type;
-  const Filters<T>& filters;
   const Knobs& knobs;
   const Merged<A>& all;
   double u;
+  Filters<A> filters;
 
+  __device__ Drawing(const Brackets<A>& row, const Knobs& knobs, const Merged<A>& all, double u)
+      : knobs(knobs), all(all), u(u), filters(row, knobs, A(-INFINITE), all.finite, all.mass) {}
   __device__ Meetings& meet() const { return filters.shared.meet; }
 
   // The first of the largest.
@@ -65,7 +68,18 @@ struct Drawing {
       return -combine(meet(), -found, Max());
     };
     const int64_t c = first(filters.tiles.chunks(), [&](int64_t i) { return filters.tiles.top(i) == all.top; });
-    return c * CHUNK + first(CHUNK, [&](int64_t i) { return filters.token(c * CHUNK + i) == all.top; });
+    return c * CHUNK + first(CHUNK, [&](int64_t i) { return filters.line.score(c * CHUNK + i) == all.top; });
+  }
+
+  template <bool FILTERED>
+  __device__ Drawn draw() {
+    if constexpr (!FILTERED) return unfiltered();
+    if (knobs.min_p > 0)
+      filters.min_least = lowest_that(
+          all.top, [&](A x) { return static_cast<A>(filters.scale.weight(x)) >= static_cast<A>(knobs.min_p); });
+    if (!filters.top_k && !filters.top_p && filters.min_least == A(-INFINITE)) return unfiltered();
+    const Found<A> found = filters.search();
+    return found.most == A(INFINITE) ? from_candidates(found) : from_chunks(found);
   }
 
   // From all tokens. The mass of a tile was added up less precisely than the masses of its tokens.
@@ -78,78 +92,73 @@ struct Drawing {
     };
     const int64_t t = invert(meet(), filters.tiles.count, target, mass);
     const auto weight = [&](int64_t i) {
-      const A x = filters.token(t * TILE + i);
+      const A x = filters.line.score(t * TILE + i);
       return x > A(-INFINITE) ? filters.scale.weight(x) : 0.0;
     };
     double sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < TILE; i += blockDim.x) sum += weight(i);
     target *= combine(meet(), sum, Add()) / mass(t);
     const int64_t id = t * TILE + invert(meet(), TILE, target, weight);
-    return {id, all.finite, filters.scale(filters.token(id)) - log(all.mass)};
+    return {id, all.finite, filters.scale(filters.line.score(id)) - log(all.mass)};
   }
 
-  // From the candidates and the tokens above them.
-  __device__ Drawn from(const Found<A>& found, const Kept<A>& kept) const {
+  __device__ double candidate(int64_t i) const {
     const auto& in = filters.shared.candidates;
-    const auto keeps = [&](int i) { return kept(in.scores[i], in.z[i], in.ids[i]); };
+    return filters.kept(in.scores[i], in.z[i], in.ids[i]) ? exp(in.z[i]) : 0.0;
+  }
+  __device__ void add_up(const Found<A>& found, double& total, int64_t& count) const {
+    const auto& in = filters.shared.candidates;
     double sum = 0;
-    int64_t count = 0;
+    int64_t mine = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < found.count; i += blockDim.x)
-      if (keeps(i)) sum += exp(in.z[i]), count++;
-    const double total = found.above + combine(meet(), sum, Add());
-    count = found.above_count + combine(meet(), count, Add());
-    const auto candidate = [&](int64_t i) { return keeps(i) ? exp(in.z[i]) : 0.0; };
+      sum += candidate(i), mine += filters.kept(in.scores[i], in.z[i], in.ids[i]);
+    total = found.above + combine(meet(), sum, Add());
+    count = found.above_count + combine(meet(), mine, Add());
+  }
+
+  __device__ Drawn from_candidates(const Found<A>& found) const {
+    double total;
+    int64_t count;
+    add_up(found, total, count);
     double target = u * total;
-    if (found.most == A(INFINITE)) {
-      const int64_t i = invert(meet(), found.count, target, candidate);
-      return {in.ids[i], count, in.z[i] - log(total)};
-    }
+    const int64_t i = invert(meet(), found.count, target, [&](int64_t i) { return candidate(i); });
+    const auto& in = filters.shared.candidates;
+    return {in.ids[i], count, in.z[i] - log(total)};
+  }
+
+  // There are tokens above the candidates too.
+  __device__ Drawn from_chunks(const Found<A>& found) const {
+    double total;
+    int64_t count;
+    add_up(found, total, count);
+    const int32_t* const ids = filters.shared.candidates.ids;
     const auto place = [&](int64_t id) {  // of the first candidate from this id on
-      int low = 0, high = found.count;
-      while (low < high) (in.ids[(low + high) / 2] < id ? low : high) = (low + high) / 2 + (in.ids[(low + high) / 2] < id);
+      int low = 0, high = max(found.count, 0);
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ids[middle] < id)
+          low = middle + 1;
+        else
+          high = middle;
+      }
       return low;
     };
     const auto mass = [&](int64_t c) {
       double sum = filters.above_of(c, found.most);
-      for (int i = place(c * CHUNK), end = place((c + 1) * CHUNK); i < end; i++) sum += candidate(i);
+#pragma unroll 1
+      for (int i = place(c * CHUNK); i < found.count && ids[i] < (c + 1) * CHUNK; i++) sum += candidate(i);
       return sum;
     };
+    double target = u * total;
     const int64_t first = invert(meet(), filters.tiles.chunks(), target, mass) * CHUNK;
     const int64_t id = first + invert(meet(), CHUNK, target, [&](int64_t i) {
-                         const A x = filters.token(first + i);
+                         const A x = filters.line.score(first + i);
                          const double z = filters.scale(x);
-                         return x > A(-INFINITE) && kept(x, z, first + i) ? exp(z) : 0.0;
+                         return x > A(-INFINITE) && filters.kept(x, z, first + i) ? exp(z) : 0.0;
                        });
-    return {id, count, filters.scale(filters.token(id)) - log(total)};
-  }
-
-  __device__ A min_p_least() const {
-    if (!(knobs.min_p > 0)) return A(-INFINITE);
-    return lowest_that(all.top, [&](A x) {
-      return static_cast<A>(filters.scale.weight(x)) >= static_cast<A>(knobs.min_p);
-    });
-  }
-
-  __device__ Drawn filtered() const {
-    constexpr A none = A(-INFINITE);
-    const bool top_k = knobs.top_k > 0 && knobs.top_k < all.finite, top_p = knobs.top_p < 1;
-    const A min_least = min_p_least();
-    if (!top_k && !top_p && min_least == none) return unfiltered();
-    Kept<A> kept;
-    Found<A> found = {none, none, -1, 0, 0};
-    if (top_k) found = filters.top_k(knobs.top_k, knobs.temperature, kept.least);
-    if (top_p && found.count >= 0) {
-      const double total = filters.sum_of(found, kept.least), tail = filters.tail(knobs.top_p);
-      filters.edge_of(found, filters.reach(total, tail), filters.reach(total, tail), kept);
-    } else if (top_p) {
-      const double total = top_k ? filters.collect(none, filters.below(kept.least)).above : all.mass;
-      found = filters.top_p(knobs.top_p, total, top_k || sizeof(A) == 8 ? 0 : LOOSE, kept);
-    }
-    if (min_least > kept.least) kept.least = min_least;
-    if (!top_p && (!top_k || found.count < 0)) found = filters.collect(kept.least);
-    if (found.count < 0 || kept.least > found.most)
-      found = filters.collect(none, filters.below(kept.least), false, kept);
-    return from(found, kept);
+    return {id, count, filters.scale(filters.line.score(id)) - log(total)};
   }
 };
 

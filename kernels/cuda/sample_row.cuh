@@ -9,12 +9,12 @@
 namespace rlhf_fast::cuda {
 namespace {
 
-constexpr int CHUNK = 256;       // tokens that are read again or not at all
-constexpr int TILE_CHUNKS = 4;   // chunks that a warp sums up at once
+constexpr int CHUNK = 256;      // tokens that are read again or not at all
+constexpr int TILE_CHUNKS = 4;  // chunks that a warp sums up at once
 constexpr int TILE = CHUNK * TILE_CHUNKS;
 constexpr int TILE_ITEMS = TILE / WARP;
-constexpr int TILE_WARPS = 4;    // of a block of the first launch
-constexpr int ROW_WARPS = 16;    // of a block of the second one, at most
+constexpr int TILE_WARPS = 4;  // of a block of the first launch
+constexpr int ROW_WARPS = 16;  // of a block of the second one, at most
 constexpr double INFINITE = __builtin_huge_val();
 
 // What the first launch finds in a tile; mass and spread, the sums of exp(z) and of z exp(z), are relative to its top.
@@ -89,27 +89,24 @@ __device__ A element(const void* data, Dtype dtype, int64_t at) {
 __device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
 
-// The logits of one row, T their dtype, A the one in which they are compared.
-template <class T>
+// The logits of one row, A the type in which they are compared.
+template <class A>
 struct Line {
-  using A = typename Wide<T>::type;
   const Sampling& s;
-  int64_t row;
+  int64_t row, size;
   A repetition, presence, frequency;
 
   __device__ Line(const Sampling& s, int64_t row, const Knobs& knobs)
       : s(s),
         row(row),
+        size(s.logits.shape[1]),
         repetition(static_cast<A>(knobs.repetition)),
         presence(static_cast<A>(knobs.presence)),
         frequency(static_cast<A>(knobs.frequency)) {}
-  __device__ int64_t size() const { return s.logits.shape[1]; }
-  __device__ const T* data() const { return static_cast<const T*>(s.logits.data) + row * s.logits.stride[0]; }
   __device__ bool processed() const { return s.bias.data || s.counts.data || s.allowed.data; }
   __device__ A other(const View& view, int64_t i) const {
     return element<A>(view.data, view.dtype, row * view.stride[0] + i * view.stride[1]);
   }
-  __device__ A raw(int64_t i) const { return widen(data()[i * s.logits.stride[1]]); }
   __device__ bool allowed(int64_t i) const { return !s.allowed.data || other(s.allowed, i) != A(0); }
   // After bias and penalties.
   __device__ A changed(A x, int64_t i) const {
@@ -122,8 +119,43 @@ struct Line {
     }
     return x;
   }
+  template <class T>
+  __device__ const T* data() const {
+    return static_cast<const T*>(s.logits.data) + row * s.logits.stride[0];
+  }
+  // Calls with(pointer to the first logit).
+  template <class With>
+  __device__ void typed(With with) const {
+    if constexpr (sizeof(A) == 8)
+      with(data<double>());
+    else if (s.logits.dtype == Dtype::float32)
+      with(data<float>());
+    else if (s.logits.dtype == Dtype::bfloat16)
+      with(data<bfloat16>());
+    else
+      with(data<float16>());
+  }
+  __device__ A raw(int64_t i) const {
+    A x;
+    typed([&](auto* from) { x = widen(from[i * s.logits.stride[1]]); });
+    return x;
+  }
+  // -inf behind the end.
   __device__ A score(int64_t i) const {
+    if (i >= size) return A(-INFINITE);
     return !processed() ? raw(i) : allowed(i) ? changed(raw(i), i) : A(-INFINITE);
+  }
+  // A lane's scores of a chunk.
+  __device__ void read(int64_t first, A (&x)[CHUNK / WARP]) const {
+    const int64_t stride = s.logits.stride[1];
+    typed([&](auto* from) {
+#pragma unroll
+      for (int j = 0; j < CHUNK / WARP; j++)
+        x[j] = first + j * WARP < size ? widen(from[(first + j * WARP) * stride]) : A(-INFINITE);
+    });
+    if (!processed()) return;
+#pragma unroll
+    for (int j = 0; j < CHUNK / WARP; j++) x[j] = score(first + j * WARP);
   }
 };
 
