@@ -214,19 +214,19 @@ __device__ void finish(const Sampling& s, int64_t row, int status, const Drawn& 
   static_cast<int8_t*>(s.status.data)[row] = static_cast<int8_t>(status);
 }
 
-// A thread may take so many registers as let two blocks of 512 onto an SM, twice as many where the search for the
-// filters wants them; for double the blocks are half as large.
+// Blocks are half as large for double, whose threads take more registers.
 template <class A>
 constexpr int ROW_BLOCK = sizeof(A) == 8 ? ROW_WARPS / 2 : ROW_WARPS;
 
-template <class A, bool FILTERED>
-__global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, FILTERED ? 1 : 2)
+// PLAIN: without filters, bias, penalties and forbidden tokens; two such blocks fit onto an SM.
+template <class A, bool PLAIN>
+__global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, PLAIN ? 2 : 1)
     sample_row_kernel(const __grid_constant__ Sampling s, Scratch<A> scratch) {
   __shared__ Shared<A> shared;
   const int64_t row = blockIdx.x;
   const Knobs knobs(s, row);
   const Line<A> line(s, row, knobs);
-  const bool bare = !line.processed();
+  const bool bare = PLAIN || !line.processed();
   const Tile<A>* const of_row = scratch.tiles + row * (bare ? 1 : 2) * scratch.count;
   const Tiles<A> tiles = {of_row + (bare ? 0 : scratch.count), scratch.count, line.size};
   const Merged<A> policy(shared.meet, {of_row, scratch.count, line.size}, knobs.divisor());
@@ -236,16 +236,17 @@ __global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, FILTERED ? 1 : 2)
   if (policy.broken) return finish<A>(s, row, 1, {}, nan, nan);
   if (all.top == A(-INFINITE) || !knobs.in_range()) return finish<A>(s, row, 2, {}, nan, nan);
 
+  const double log_mass = log(policy.mass);
+  const A entropy = static_cast<A>(log_mass - policy.spread / policy.mass);
   const double u = uniform(Knobs::whole(s.seeds, row), Knobs::whole(s.positions, row));
   const Scale scale = {double(all.top), knobs.divisor()};
   Drawing<A> drawing(Brackets<A>{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}, knobs,
                      all, u);
   const A divisor = static_cast<A>(knobs.temperature), ratio = all.top / divisor;
   const bool greedy = divisor == A(0) || ratio == A(INFINITE) || ratio == A(-INFINITE) || knobs.top_p <= 0;
-  const Drawn drawn = greedy ? Drawn{drawing.likeliest(), 1, 0} : drawing.template draw<FILTERED>();
-  const double log_mass = log(policy.mass);
+  const Drawn drawn = greedy ? Drawn{drawing.template likeliest<PLAIN>(), 1, 0} : drawing.template draw<PLAIN>();
   const double z = Scale{double(policy.top), knobs.divisor()}(line.raw(drawn.id));
-  finish<A>(s, row, 0, drawn, z - log_mass, log_mass - policy.spread / policy.mass);
+  finish<A>(s, row, 0, drawn, z - log_mass, entropy);
 }
 
 template <class T>
@@ -265,8 +266,9 @@ void run(const Sampling& s, const View& scratch, cudaStream_t stream) {
          tile_warps * WARP, stream, s, room, static_cast<int>(blocks));
   const int64_t chunks = (s.logits.shape[1] + CHUNK - 1) / CHUNK;
   const int warps = static_cast<int>(chunks < ROW_BLOCK<A> ? chunks : ROW_BLOCK<A>);
-  launch(s.top_k || s.top_p || s.min_p ? sample_row_kernel<A, true> : sample_row_kernel<A, false>, "sample_row_kernel",
-         rows, warps * WARP, stream, s, room);
+  const bool plain = bare && !s.top_k && !s.top_p && !s.min_p;
+  launch(plain ? sample_row_kernel<A, true> : sample_row_kernel<A, false>, "sample_row_kernel", rows, warps * WARP,
+         stream, s, room);
 }
 
 }  // namespace

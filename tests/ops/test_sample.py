@@ -42,6 +42,12 @@ def rows(shape, dtype=torch.float32, seed=0, scale=2.5):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+@pytest.fixture
+def fewer(request):
+    """What becomes of a number of rows: a tenth in the SIMT shim, where one takes the time of a thousand elsewhere."""
+    return lambda count: count // 10 if "simt" in request.node.callspec.id else count
+
+
 def call(run, device, logits, seeds=None, positions=None, **given):
     """One form of the op with the arguments of the public function, which are numbers or tensors."""
     size = logits.shape[0]
@@ -176,25 +182,27 @@ def test_the_kept_set_is_that_of_transformers(given):
 
 
 @pytest.mark.parametrize("given", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
-def test_draws_all_of_the_support_and_nothing_else(run, device, given):
+def test_draws_all_of_the_support_and_nothing_else(run, device, fewer, given):
     logits = rows((1, 40), seed=5)
     scores = transformers_scores(logits, **given)
     probabilities = scores[0].double().softmax(0)
-    out = call(run, device, logits.expand(3000, 40), **given)
+    size = fewer(3000)
+    out = call(run, device, logits.expand(size, 40), **given)
     counts = torch.bincount(out.ids, minlength=40)
     assert bool((counts[probabilities == 0] == 0).all())
-    assert bool((counts[probabilities > 0.02] > 0).all())  # each missed with a chance of e^-60
+    assert bool((counts[probabilities > 60 / size] > 0).all())  # each missed with a chance of e^-60
 
 
 @pytest.mark.parametrize("vary", ["seeds", "positions"])
-def test_frequencies_are_the_probabilities(run, device, vary):
+def test_frequencies_are_the_probabilities(run, device, fewer, vary):
     logits = rows((1, 12), seed=7, scale=1.0)
-    many = torch.arange(20000) * 7919 - 10**6
-    fixed = torch.full((20000,), 123456789)
+    size = fewer(20000)
+    many = torch.arange(size) * 7919 - 10**6
+    fixed = torch.full((size,), 123456789)
     seeds, positions = (many, fixed) if vary == "seeds" else (fixed, many)
-    out = call(run, device, logits.expand(20000, 12), seeds, positions)
+    out = call(run, device, logits.expand(size, 12), seeds, positions)
     counts = torch.bincount(out.ids, minlength=12)
-    assert chisquare(counts.numpy(), (logits[0].double().softmax(0) * 20000).numpy()).pvalue > 1e-4
+    assert chisquare(counts.numpy(), (logits[0].double().softmax(0) * size).numpy()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
@@ -288,8 +296,8 @@ def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern,
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_1000_rows_keep_what_transformers_keeps(run, device, given):
-    logits = rows((1000, 301), torch.float64, seed=31)
+def test_1000_rows_keep_what_transformers_keeps(run, device, fewer, given):
+    logits = rows((fewer(1000), 301), torch.float64, seed=31)
     keeps = transformers_scores(logits, **given) > -math.inf
     out = call(run, device, logits, **given)
     assert torch.equal(out.kept, keeps.sum(1))
@@ -306,13 +314,14 @@ def cumulative(logits, **given):
 @pytest.mark.parametrize("given", [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize(("size", "draws"), [(40, 20000), (1003, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given):
+def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, fewer, dtype, size, draws, given):
+    draws = fewer(draws)
     logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
     u = uniform(seeds, torch.zeros_like(seeds))
     out = call(run, device, logits.expand(draws, size), seeds, **given)
     reached = cumulative(logits.double(), **given)
     near = (reached - u[:, None]).abs().amin(1) < BOUND[dtype]  # may fall on either side
-    assert near.sum() <= (10 if dtype == torch.float32 else 0)
+    assert near.sum() <= ((10 if draws >= 1000 else 3) if dtype == torch.float32 else 0)
     assert torch.equal(out.ids[~near], torch.searchsorted(reached, u, right=True)[~near])
 
 
@@ -437,14 +446,15 @@ def test_one_bad_row_leaves_the_others_alone(run, device):
             assert torch.equal(ours[[0, 5, 6]], theirs)
 
 
-def test_a_token_of_no_probability_is_never_drawn(run, device):
+def test_a_token_of_no_probability_is_never_drawn(run, device, fewer):
     # vllm#50843: an id outside of the vocabulary, or a token of -inf, where a whole tile is -inf.
-    logits = torch.full((500, 1003), -math.inf)
+    size = fewer(500)
+    logits = torch.full((size, 1003), -math.inf)
     logits[:, 1002], logits[:, 640] = 0.0, -1.0
     for given in ({}, {"top_p": 0.99}, {"top_k": 700}, {"min_p": 0.01}):
         out = call(run, device, logits, **given)
         assert set(out.ids.tolist()) == {640, 1002}
-        assert out.kept.tolist() == [2] * 500
+        assert out.kept.tolist() == [2] * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
