@@ -268,7 +268,8 @@ def test_ppo_loss_backward_of_nothing_and_of_strides() -> None:
 
 #: Unfiltered, a nucleus that fits in shared memory, one that does not, and top-k, which needs a histogram or not.
 SAMPLE_KNOBS: list[dict[str, float]] = [
-    {}, {"top_p": 0.3}, {"temperature": 1.5, "top_p": 0.99}, {"top_k": 20, "top_p": 0.9}, {"top_k": 9000, "min_p": 1e-4},
+    {}, {"top_p": 0.3}, {"temperature": 1.5, "top_p": 0.99}, {"top_k": 20, "top_p": 0.9},
+    {"top_k": 9000, "min_p": 1e-4},
 ]  # fmt: skip
 SAMPLE_ORDER = ("temperature", "top_k", "top_p", "min_p")
 
