@@ -76,8 +76,8 @@ struct Weigher<double> {
 };
 
 // A lane's tokens of a tile, in vectors of 16 bytes; -inf where the row has ended.
-template <class T, class A>
-__device__ void load(const Line<A>& line, int64_t first, A (&x)[TILE_ITEMS]) {
+template <class T, class A, bool BARE>
+__device__ void load(const Line<A, BARE>& line, int64_t first, A (&x)[TILE_ITEMS]) {
   constexpr int SIDE = 16 / sizeof(T);
   struct alignas(16) Pack {
     T x[SIDE];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 8 : 
   const int64_t tile = int64_t(blockIdx.x % blocks_per_row) * warps() + my_warp();
   if (tile >= scratch.count) return;
   const Knobs knobs(s, row);
-  const Line<A> line(s, row, knobs);
+  const Line<A, BARE> line(s, row, knobs);
   const Weigher<A> weigh(knobs.divisor());
   const int64_t first = tile * TILE, size = min(line.size - first, int64_t(TILE));
   A x[TILE_ITEMS];
@@ -218,20 +218,19 @@ __device__ void finish(const Sampling& s, int64_t row, int status, const Drawn& 
 template <class A>
 constexpr int ROW_BLOCK = sizeof(A) == 8 ? ROW_WARPS / 2 : ROW_WARPS;
 
-// PLAIN: without filters, bias, penalties and forbidden tokens; two such blocks fit onto an SM.
-template <class A, bool PLAIN>
+// PLAIN: without filters; two such blocks fit onto an SM.
+template <class A, bool BARE, bool PLAIN>
 __global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, PLAIN ? 2 : 1)
     sample_row_kernel(const __grid_constant__ Sampling s, Scratch<A> scratch) {
   __shared__ Shared<A> shared;
   const int64_t row = blockIdx.x;
   const Knobs knobs(s, row);
-  const Line<A> line(s, row, knobs);
-  const bool bare = PLAIN || !line.processed();
-  const Tile<A>* const of_row = scratch.tiles + row * (bare ? 1 : 2) * scratch.count;
-  const Tiles<A> tiles = {of_row + (bare ? 0 : scratch.count), scratch.count, line.size};
+  const Line<A, BARE> line(s, row, knobs);
+  const Tile<A>* const of_row = scratch.tiles + row * (BARE ? 1 : 2) * scratch.count;
+  const Tiles<A> tiles = {of_row + (BARE ? 0 : scratch.count), scratch.count, line.size};
   const Merged<A> policy(shared.meet, {of_row, scratch.count, line.size}, knobs.divisor());
   Merged<A> all = policy;
-  if (!bare) all = Merged<A>(shared.meet, tiles, knobs.divisor());
+  if constexpr (!BARE) all = Merged<A>(shared.meet, tiles, knobs.divisor());
   const double nan = __builtin_nan("");
   if (policy.broken) return finish<A>(s, row, 1, {}, nan, nan);
   if (all.top == A(-INFINITE) || !knobs.in_range()) return finish<A>(s, row, 2, {}, nan, nan);
@@ -240,11 +239,11 @@ __global__ void __launch_bounds__(ROW_BLOCK<A>* WARP, PLAIN ? 2 : 1)
   const A entropy = static_cast<A>(log_mass - policy.spread / policy.mass);
   const double u = uniform(Knobs::whole(s.seeds, row), Knobs::whole(s.positions, row));
   const Scale scale = {double(all.top), knobs.divisor()};
-  Drawing<A> drawing(Brackets<A>{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}, knobs,
-                     all, u);
+  Drawing<A, BARE> drawing(
+      Brackets<A, BARE>{line, tiles, scale, shared, scratch.above + row * scratch.count * TILE_CHUNKS}, knobs, all, u);
   const A divisor = static_cast<A>(knobs.temperature), ratio = all.top / divisor;
   const bool greedy = divisor == A(0) || ratio == A(INFINITE) || ratio == A(-INFINITE) || knobs.top_p <= 0;
-  const Drawn drawn = greedy ? Drawn{drawing.template likeliest<PLAIN>(), 1, 0} : drawing.template draw<PLAIN>();
+  const Drawn drawn = greedy ? Drawn{drawing.likeliest(), 1, 0} : drawing.template draw<PLAIN>();
   const double z = Scale{double(policy.top), knobs.divisor()}(line.raw(drawn.id));
   finish<A>(s, row, 0, drawn, z - log_mass, entropy);
 }
@@ -267,8 +266,10 @@ void run(const Sampling& s, const View& scratch, cudaStream_t stream) {
   const int64_t chunks = (s.logits.shape[1] + CHUNK - 1) / CHUNK;
   const int warps = static_cast<int>(chunks < ROW_BLOCK<A> ? chunks : ROW_BLOCK<A>);
   const bool plain = bare && !s.top_k && !s.top_p && !s.min_p;
-  launch(plain ? sample_row_kernel<A, true> : sample_row_kernel<A, false>, "sample_row_kernel", rows, warps * WARP,
-         stream, s, room);
+  const auto kernel = plain  ? sample_row_kernel<A, true, true>
+                      : bare ? sample_row_kernel<A, true, false>
+                             : sample_row_kernel<A, false, false>;
+  launch(kernel, "sample_row_kernel", rows, warps * WARP, stream, s, room);
 }
 
 }  // namespace

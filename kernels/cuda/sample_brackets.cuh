@@ -48,14 +48,14 @@ struct Found {
 };
 
 // Tokens of one row by their scores.
-template <class A>
+template <class A, bool BARE>
 struct Brackets {
   using I = typename Whole<A>::type;
   using U = typename Whole<A>::distance;
   static constexpr int ITEMS = CHUNK / WARP;
   static constexpr A NONE = A(-INFINITE), ANY = A(INFINITE);
 
-  const Line<A>& line;
+  const Line<A, BARE>& line;
   const Tiles<A>& tiles;
   const Scale& scale;
   Shared<A>& shared;

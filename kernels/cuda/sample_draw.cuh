@@ -48,25 +48,18 @@ struct Merged {
   }
 };
 
-template <class A>
+template <class A, bool BARE>
 struct Drawing {
   const Knobs& knobs;
   const Merged<A>& all;
   double u;
-  Filters<A> filters;
+  Filters<A, BARE> filters;
 
-  __device__ Drawing(const Brackets<A>& row, const Knobs& knobs, const Merged<A>& all, double u)
+  __device__ Drawing(const Brackets<A, BARE>& row, const Knobs& knobs, const Merged<A>& all, double u)
       : knobs(knobs), all(all), u(u), filters(row, knobs, A(-INFINITE), all.finite, all.mass) {}
   __device__ Meetings& meet() const { return filters.shared.meet; }
 
-  template <bool PLAIN>
-  __device__ A token(int64_t i) const {
-    if constexpr (!PLAIN) return filters.line.score(i);
-    return i < filters.line.size ? filters.line.raw(i) : A(-INFINITE);
-  }
-
   // The first of the largest.
-  template <bool PLAIN>
   __device__ int64_t likeliest() const {
     const auto first = [&](int64_t n, auto is) {
       int64_t found = n;
@@ -75,22 +68,21 @@ struct Drawing {
       return -combine(meet(), -found, Max());
     };
     const int64_t c = first(filters.tiles.chunks(), [&](int64_t i) { return filters.tiles.top(i) == all.top; });
-    return c * CHUNK + first(CHUNK, [&](int64_t i) { return token<PLAIN>(c * CHUNK + i) == all.top; });
+    return c * CHUNK + first(CHUNK, [&](int64_t i) { return filters.line.score(c * CHUNK + i) == all.top; });
   }
 
   template <bool PLAIN>
   __device__ Drawn draw() {
-    if constexpr (PLAIN) return unfiltered<PLAIN>();
+    if constexpr (PLAIN) return unfiltered();
     if (knobs.min_p > 0)
       filters.min_least = lowest_that(
           all.top, [&](A x) { return static_cast<A>(filters.scale.weight(x)) >= static_cast<A>(knobs.min_p); });
-    if (!filters.top_k && !filters.top_p && filters.min_least == A(-INFINITE)) return unfiltered<PLAIN>();
+    if (!filters.top_k && !filters.top_p && filters.min_least == A(-INFINITE)) return unfiltered();
     const Found<A> found = filters.search();
     return found.most == A(INFINITE) ? from_candidates(found) : from_chunks(found);
   }
 
   // From all tokens. The mass of a tile was added up less precisely than the masses of its tokens.
-  template <bool PLAIN>
   __device__ Drawn unfiltered() const {
     double target = u * all.mass;
     const auto mass = [&](int64_t t) {
@@ -100,7 +92,7 @@ struct Drawing {
     };
     const int64_t t = invert(meet(), filters.tiles.count, target, mass);
     const auto weight = [&](int64_t i) {
-      const A x = token<PLAIN>(t * TILE + i);
+      const A x = filters.line.score(t * TILE + i);
       return x > A(-INFINITE) ? filters.scale.weight(x) : 0.0;
     };
     double sum = 0;
@@ -108,7 +100,7 @@ struct Drawing {
     for (int i = threadIdx.x; i < TILE; i += blockDim.x) sum += weight(i);
     target *= combine(meet(), sum, Add()) / mass(t);
     const int64_t id = t * TILE + invert(meet(), TILE, target, weight);
-    return {id, all.finite, filters.scale(token<PLAIN>(id)) - log(all.mass)};
+    return {id, all.finite, filters.scale(filters.line.score(id)) - log(all.mass)};
   }
 
   __device__ double candidate(int64_t i) const {

@@ -30,9 +30,9 @@ enum class Step {
   all_kept     // the masses of what is kept
 };
 
-template <class A>
-struct Filters : Brackets<A> {
-  using Base = Brackets<A>;
+template <class A, bool BARE>
+struct Filters : Brackets<A, BARE> {
+  using Base = Brackets<A, BARE>;
   using Base::NONE, Base::ANY, Base::tiles, Base::scale, Base::shared, Base::line, Base::max_finite;
   using typename Base::I, typename Base::U;
 

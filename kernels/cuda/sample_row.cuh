@@ -89,8 +89,8 @@ __device__ A element(const void* data, Dtype dtype, int64_t at) {
 __device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
 
-// The logits of one row, A the type in which they are compared.
-template <class A>
+// The logits of one row, A the type in which they are compared; BARE: without bias, penalties and forbidden tokens.
+template <class A, bool BARE>
 struct Line {
   const Sampling& s;
   int64_t row, size;
@@ -103,7 +103,6 @@ struct Line {
         repetition(static_cast<A>(knobs.repetition)),
         presence(static_cast<A>(knobs.presence)),
         frequency(static_cast<A>(knobs.frequency)) {}
-  __device__ bool processed() const { return s.bias.data || s.counts.data || s.allowed.data; }
   __device__ A other(const View& view, int64_t i) const {
     return element<A>(view.data, view.dtype, row * view.stride[0] + i * view.stride[1]);
   }
@@ -143,7 +142,8 @@ struct Line {
   // -inf behind the end.
   __device__ A score(int64_t i) const {
     if (i >= size) return A(-INFINITE);
-    return !processed() ? raw(i) : allowed(i) ? changed(raw(i), i) : A(-INFINITE);
+    if constexpr (BARE) return raw(i);
+    return allowed(i) ? changed(raw(i), i) : A(-INFINITE);
   }
   // A lane's scores of a chunk.
   __device__ void read(int64_t first, A (&x)[CHUNK / WARP]) const {
@@ -153,9 +153,10 @@ struct Line {
       for (int j = 0; j < CHUNK / WARP; j++)
         x[j] = first + j * WARP < size ? widen(from[(first + j * WARP) * stride]) : A(-INFINITE);
     });
-    if (!processed()) return;
+    if constexpr (!BARE) {
 #pragma unroll
-    for (int j = 0; j < CHUNK / WARP; j++) x[j] = score(first + j * WARP);
+      for (int j = 0; j < CHUNK / WARP; j++) x[j] = score(first + j * WARP);
+    }
   }
 };
 
