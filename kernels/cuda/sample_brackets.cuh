@@ -8,6 +8,8 @@ namespace {
 
 constexpr int ROOM = 2048;  // candidates
 constexpr int BINS = 2048;
+constexpr int SAMPLED = 8;  // one chunk of so many tells about where top-p ends
+constexpr int SAMPLE_UNITS = 1 << 20;
 constexpr int WINDOW = 1024;  // chunks that are listed at a time
 
 template <class A>
@@ -105,7 +107,8 @@ struct Brackets {
 #pragma unroll
         for (int j = 0; j < ITEMS; j++) inside += __popc(__ballot_sync(ALL, x[j] >= lowest && x[j] <= most));
         if (most < ANY && some) {
-          const double mass = weigh_above(c, most, kept, counting, counted);
+          const bool each = kept.z > -INFINITE || kept.at_edge;  // may be kept or not
+          const double mass = each ? weigh_kept(c, most, kept, counting, counted) : weigh_above(x, most, counted);
           if (my_lane() == 0) above[c] = mass, mine += mass;
         }
         if (my_lane() == 0) shared.counts[turn][my_warp()] = inside;
@@ -142,8 +145,28 @@ struct Brackets {
     __syncthreads();
     return found;
   }
+  // The sum over a warp's tokens above `most`, side by side in what will be the candidates' z: few lanes have one.
+  __device__ double weigh_above(const A (&x)[ITEMS], A most, int64_t& counted) const {
+    A* const heavy = reinterpret_cast<A*>(shared.candidates.z) + my_warp() * CHUNK;
+    static_assert(sizeof(float) * ROW_WARPS * CHUNK <= sizeof(shared.candidates.z));
+    const double reciprocal = min(1 / scale.temperature, max_finite(0.0));
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+      const unsigned which = __ballot_sync(ALL, x[j] > most);
+      if (x[j] > most) heavy[count + __popc(which & ((1u << my_lane()) - 1))] = x[j];
+      count += __popc(which);
+    }
+    __syncwarp();
+    double mass = 0;
+#pragma unroll 1
+    for (int i = my_lane(); i < count; i += WARP) mass += exp((heavy[i] - scale.top) * reciprocal);
+    __syncwarp();
+    if (my_lane() == 0) counted += count;
+    return of_warp(mass);
+  }
   // By one warp. The chunk is in the L1 cache by now.
-  __device__ double weigh_above(int64_t c, A most, const Kept<A>& kept, bool counting, int64_t& counted) const {
+  __device__ double weigh_kept(int64_t c, A most, const Kept<A>& kept, bool counting, int64_t& counted) const {
     double mass = 0;
 #pragma unroll 1
     for (int64_t i = c * CHUNK + my_lane(); i < (c + 1) * CHUNK; i += WARP) {
@@ -154,6 +177,9 @@ struct Brackets {
       mass += counting ? 1.0 : exp(z);
       counted++;
     }
+    return of_warp(mass);
+  }
+  __device__ static double of_warp(double mass) {
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2) mass += __shfl_xor_sync(ALL, mass, distance);
     return mass;
@@ -187,33 +213,57 @@ struct Brackets {
       }
   }
 
-  // How many tokens, or what mass in whole numbers, there is in each bin of scores from `low` up to `high`. Of one
-  // chunk of `step` if that is not 1; the last bin is then for all from `floor` on.
-  __device__ void histogram(A low, A high, int shift, int step, bool counting, A floor) const {
+  // How many tokens, or what mass in whole numbers, there is in each bin of scores from `low` up to `high`.
+  __device__ void histogram(A low, A high, int shift, bool counting) const {
     const double per_unit = ldexp(1.0, 62 - (64 - __clzll(tiles.size)));
+    const U from = static_cast<U>(ordinal(high));
     __syncthreads();
     for (int b = threadIdx.x; b < BINS; b += blockDim.x) shared.bins[b] = 0;
     __syncthreads();
-    const U from = static_cast<U>(ordinal(high));
 #pragma unroll 1
-    for (int64_t c = int64_t(my_warp()) * step; c < tiles.chunks(); c += warps() * step) {
-      if (!(tiles.top(c) >= floor)) continue;
+    for (int64_t c = my_warp(); c < tiles.chunks(); c += warps()) {
+      if (!(tiles.top(c) >= low)) continue;
       A x[ITEMS];
       line.read(c * CHUNK + my_lane(), x);
       bool some = false;  // nothing to wait for in the loop below
 #pragma unroll
-      for (int j = 0; j < ITEMS; j++) some |= x[j] >= floor && x[j] > NONE && x[j] <= high;
+      for (int j = 0; j < ITEMS; j++) some |= x[j] >= low && x[j] <= high;
       if (!some) continue;
 #pragma unroll 1
       for (int64_t i = c * CHUNK + my_lane(); i < (c + 1) * CHUNK; i += WARP) {
         const A score = line.score(i);
-        if (!(score > NONE) || score > high || score < floor) continue;
-        const U bin = (from - static_cast<U>(ordinal(score))) >> shift;
-        atomicAdd(&shared.bins[bin < BINS ? bin : BINS - 1],
+        if (score > high || score < low) continue;
+        atomicAdd(&shared.bins[(from - static_cast<U>(ordinal(score))) >> shift],
                   counting ? 1ull : static_cast<unsigned long long>(scale.weight(score) * per_unit + .5));
       }
     }
     __syncthreads();
+  }
+
+  // The mass per bin, roughly and no token more than SAMPLE_UNITS, of one chunk in SAMPLED; the last bin is for all
+  // from `floor` on. In 32 bits, which shared memory adds up at once; heavy bins may wrap around.
+  __device__ const unsigned* sample(A low, A high, int shift, A floor, double per_unit) const {
+    unsigned* const bins = reinterpret_cast<unsigned*>(shared.bins);
+    const float units = static_cast<float>(min(per_unit, double(max_finite(0.0f))));
+    const A reciprocal = static_cast<A>(min(1 / scale.temperature, double(max_finite(A()))));
+    const U from = static_cast<U>(ordinal(high));
+    __syncthreads();
+    for (int b = threadIdx.x; b < BINS; b += blockDim.x) bins[b] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int64_t c = int64_t(my_warp()) * SAMPLED; c < tiles.chunks(); c += warps() * SAMPLED) {
+      A x[ITEMS];
+      line.read(c * CHUNK + my_lane(), x);
+#pragma unroll
+      for (int j = 0; j < ITEMS; j++) {
+        const U bin = (from - static_cast<U>(ordinal(x[j]))) >> shift;
+        const float z = static_cast<float>((x[j] - high) * reciprocal);
+        const float weight = min(expf(z) * units, float(SAMPLE_UNITS));
+        if (x[j] >= floor) atomicAdd(&bins[bin < BINS ? bin : BINS - 1], static_cast<unsigned>(weight + .5f));
+      }
+    }
+    __syncthreads();
+    return bins;
   }
   __device__ double mass(unsigned long long bin) const {
     return double(bin) * ldexp(1.0, (64 - __clzll(tiles.size)) - 62);

@@ -12,7 +12,6 @@
 namespace rlhf_fast::cuda {
 namespace {
 
-constexpr int SAMPLED = 8;         // one chunk of so many tells about where top-p ends
 constexpr double MARGIN = .04;     // and so far off may it be, in terms of what top-p drops
 constexpr double LOOSE = 0x1p-19;  // the error of masses that were added up in float
 
@@ -44,7 +43,7 @@ struct Filters : Brackets<A, BARE> {
   // What to collect next, and why.
   Step step;
   A least, most;
-  bool counting = false;
+  bool counting = false, misled = false;
   // The top-k or top-p edge lies between low and high; `rest` is what of the mass up to it is not above that.
   A low, high;
   double rest, reach;
@@ -144,10 +143,13 @@ struct Filters : Brackets<A, BARE> {
       double from = reach_of(total * (1 - error), tail), to = reach_of(total * (1 + error), tail);
       // A histogram's whole numbers may be off by a hair.
       if (step == Step::p_narrow) from = to = max(found.above, min(from, sum * (1 - 0x1p-50)));
-      if (found.above <= from && sum > to && (edge(found, from, to) || error == 0)) return true;
-    } else if (step == Step::p_bracket) {
+      const bool inside = found.above <= from && sum > to;
+      if (inside && (edge(found, from, to) || error == 0)) return true;
+      misled |= !inside;
+    } else if (step == Step::p_bracket && !misled) {
       return guess(tail * total), false;
     }
+    misled |= found.count < 0;
     kept.z = -INFINITE, kept.id = 0;
     if (error > 0) return ask_all(Step::total), false;
     if (step != Step::p_narrow) rest = reach = reach_of(total, tail), low = max(low, kept.least);
@@ -174,14 +176,14 @@ struct Filters : Brackets<A, BARE> {
   __device__ void guess(double drop) {
     const int shift = Base::shift_of(low, high);
     const A floor = max(kept.least, -max_finite(A()));
-    this->histogram(low, high, shift, SAMPLED, false, floor);
     const int64_t chunks = (tiles.chunks() + SAMPLED - 1) / SAMPLED;
     const double share = double(min(chunks * CHUNK, tiles.size)) / double(tiles.size);
+    const unsigned* const masses = this->sample(low, high, shift, floor, SAMPLE_UNITS / (share * drop));
     int64_t bins[2] = {};
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
-      double part = (i == 0 ? 1 - MARGIN : 1 + MARGIN) * share * drop;
-      const auto tail = [&](int64_t b) { return this->mass(shared.bins[BINS - 1 - b]); };
+      double part = (i == 0 ? 1 - MARGIN : 1 + MARGIN) * SAMPLE_UNITS;
+      const auto tail = [&](int64_t b) { return double(masses[BINS - 1 - b]); };
       const int64_t bin = BINS - 1 - invert(shared.meet, BINS, part, tail);
       (i == 0 ? bins[0] : bins[1]) = bin;
     }
@@ -192,7 +194,7 @@ struct Filters : Brackets<A, BARE> {
   // Moves low and high to the bin where the sum from high down exceeds `rest`, which becomes what is left of it there.
   __device__ void narrow(bool count) {
     const int shift = Base::shift_of(low, high);
-    this->histogram(low, high, shift, 1, count, low);
+    this->histogram(low, high, shift, count);
     const auto weight = [&](int64_t b) { return count ? double(shared.bins[b]) : this->mass(shared.bins[b]); };
     const int64_t bin = invert(shared.meet, BINS, rest, weight);
     const A end = Base::upper(high, bin, shift);
