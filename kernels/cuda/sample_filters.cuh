@@ -2,10 +2,11 @@
 //
 // A filter becomes a bracket of scores. Tokens above it are kept for sure: only their masses are added up, by chunks;
 // tokens in it go to shared memory, in the order of their ids, and are sorted there. Only chunks whose largest score
-// reaches the bracket are read again. A first bracket comes from the chunks' maxima; if it has too many tokens, from a
-// histogram over an eighth of the row; if that was misleading, from exact histograms, each of which narrows the bracket
-// 2048 times. So each filter reads a row of float32 scores three times for histograms and four times to collect at
-// worst, twice more where so many tokens tie at the edge that they do not fit, and once more for a total in double.
+// reaches the bracket are read again. A first bracket comes from the chunks' maxima or the bound of top-p; if it has
+// too many tokens, for top-p from a sum over an eighth of the row; if that was misleading, from histograms, each of
+// which narrows the bracket 2048 times, three for float32. So the worst case is bounded: top-k and top-p each read the
+// row of float32 scores at most three times for histograms and four times to collect; top-p once more for a total in
+// double and three times where so many tokens tie at its edge that they do not fit.
 #pragma once
 #include "sample_brackets.cuh"
 
