@@ -26,7 +26,7 @@ struct Scratch {
 
 // BARE: without bias, penalties and forbidden tokens, so that the scores are the logits.
 template <class T, bool BARE>
-__global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 6 : 1)
+__global__ void __launch_bounds__(TILE_WARPS* WARP, sizeof(T) < 8 && BARE ? 5 : 1)
     sample_tile_kernel(const __grid_constant__ Sampling s, Scratch<typename Wide<T>::type> scratch,
                        int blocks_per_row) {
   using A = typename Wide<T>::type;
