@@ -35,4 +35,8 @@ PYBIND11_MODULE(_cuda, m) {
         "scratch"_a, "device"_a = 0, "stream"_a = 0, no_gil());
   m.def("ppo_loss_backward", &cuda::ppo_loss_backward, "grad_loss"_a, "grad_logprobs"_a, "grad_values"_a,
         "grad_entropy"_a, "logprobs"_a, "values"_a, "entropy"_a, "device"_a = 0, "stream"_a = 0, no_gil());
+  m.def("sample", &cuda::sample, "logits"_a, "seeds"_a, "positions"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+        "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "token_counts"_a, "logit_bias"_a,
+        "allowed"_a, "ids"_a, "logprobs"_a, "policy_logprobs"_a, "kept_logmass"_a, "entropy"_a, "kept"_a, "status"_a,
+        "scratch"_a, "device"_a = 0, "stream"_a = 0, no_gil());
 }

@@ -82,6 +82,10 @@ void ppo_loss(View logprobs, View old_logprobs, View advantages, View mask, View
               uintptr_t stream);
 void ppo_loss_backward(View grad_loss, View grad_logprobs, View grad_values, View grad_entropy, View logprobs,
                        View values, View entropy, int device, uintptr_t stream);
+void sample(View logits, View seeds, View positions, View temperature, View top_k, View top_p, View min_p,
+            View repetition_penalty, View presence_penalty, View frequency_penalty, View token_counts, View logit_bias,
+            View allowed, View ids, View logprobs, View policy_logprobs, View kept_logmass, View entropy, View kept,
+            View status, View scratch, int device, uintptr_t stream);
 }  // namespace cuda
 
 }  // namespace rlhf_fast

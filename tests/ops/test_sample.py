@@ -41,6 +41,12 @@ def rows(shape, dtype=torch.float32, seed=0, scale=2.5):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+@pytest.fixture
+def fewer(request):
+    """What becomes of a number of rows: a tenth in the SIMT shim, where one takes the time of a thousand elsewhere."""
+    return lambda count: count // 10 if "simt" in request.node.callspec.id else count
+
+
 def call(run, device, logits, seeds=None, positions=None, **given):
     """One form of the op with the arguments of the public function, which are numbers or tensors."""
     size = logits.shape[0]
@@ -180,8 +186,8 @@ def test_the_kept_set_is_that_of_transformers(given):
 
 
 @pytest.mark.parametrize("given", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
-def test_draws_all_of_the_support_and_nothing_else(run, device, given, request):
-    logits, draws = rows((1, 40), seed=5), 60 if interpreted(request) else 3000
+def test_draws_all_of_the_support_and_nothing_else(run, device, given, fewer, request):
+    logits, draws = rows((1, 40), seed=5), 60 if interpreted(request) else fewer(3000)
     scores = transformers_scores(logits, **given)
     probabilities = scores[0].double().softmax(0)
     out = call(run, device, logits.expand(draws, 40), **given)
@@ -191,8 +197,8 @@ def test_draws_all_of_the_support_and_nothing_else(run, device, given, request):
 
 
 @pytest.mark.parametrize("vary", ["seeds", "positions"])
-def test_frequencies_are_the_probabilities(run, device, vary, request):
-    logits, draws = rows((1, 12), seed=7, scale=1.0), 300 if interpreted(request) else 20000
+def test_frequencies_are_the_probabilities(run, device, vary, fewer, request):
+    logits, draws = rows((1, 12), seed=7, scale=1.0), 300 if interpreted(request) else fewer(20000)
     many = torch.arange(draws) * 7919 - 10**6
     fixed = torch.full((draws,), 123456789)
     seeds, positions = (many, fixed) if vary == "seeds" else (fixed, many)
@@ -204,7 +210,7 @@ def test_frequencies_are_the_probabilities(run, device, vary, request):
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_pitfall_12_a_row_does_not_depend_on_its_batch(run, device, given):
+def test_pitfall_12_a_row_does_not_depend_on_its_batch(run, device, given, request):
     logits = rows((9, 257), seed=11)
     seeds, positions = torch.arange(9) * 31, torch.arange(9) * 17
     whole = call(run, device, logits, seeds, positions, **given)
@@ -216,10 +222,10 @@ def test_pitfall_12_a_row_does_not_depend_on_its_batch(run, device, given):
     for field, ours in enumerate(whole):
         assert torch.equal(ours[order], some[field])
         assert torch.equal(ours, among[field][3:12])
-        for row in range(9):
-            one = slice(row, row + 1)
-            alone = call(run, device, logits[one], seeds[one], positions[one], **given)
-            assert torch.equal(ours[one], alone[field])
+    for row in range(0, 9, 4 if interpreted(request) else 1):
+        one = slice(row, row + 1)
+        alone = call(run, device, logits[one], seeds[one], positions[one], **given)
+        assert all(torch.equal(ours[one], mine) for ours, mine in zip(whole, alone, strict=True))
 
 
 def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
@@ -296,8 +302,8 @@ def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern,
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_1000_rows_keep_what_transformers_keeps(run, device, given, request):
-    logits = rows((8 if interpreted(request) else 1000, 301), torch.float64, seed=31)
+def test_1000_rows_keep_what_transformers_keeps(run, device, given, fewer, request):
+    logits = rows((8 if interpreted(request) else fewer(1000), 301), torch.float64, seed=31)
     keeps = transformers_scores(logits, **given) > -math.inf
     out = call(run, device, logits, **given)
     assert torch.equal(out.kept, keeps.sum(1))
@@ -314,14 +320,16 @@ def cumulative(logits, **given):
 @pytest.mark.parametrize("given", [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize(("size", "draws"), [(40, 20000), (1003, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given, request):
-    draws = 40 if interpreted(request) else draws
+def test_the_preimage_of_a_token_is_an_interval_of_its_probability(
+    run, device, dtype, size, draws, given, fewer, request
+):
+    draws = 40 if interpreted(request) else fewer(draws)
     logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
     u = uniform(seeds, torch.zeros_like(seeds))
     out = call(run, device, logits.expand(draws, size), seeds, **given)
     reached = cumulative(logits.double(), **given)
     near = (reached - u[:, None]).abs().amin(1) < BOUND[dtype]  # may fall on either side
-    assert near.sum() <= (10 if dtype == torch.float32 else 0)
+    assert near.sum() <= ((10 if draws >= 1000 else 3) if dtype == torch.float32 else 0)
     assert torch.equal(out.ids[~near], torch.searchsorted(reached, u, right=True)[~near])
 
 
@@ -446,9 +454,9 @@ def test_pitfall_12_one_bad_row_leaves_the_others_alone(run, device):
             assert torch.equal(ours[[0, 5, 6]], theirs)
 
 
-def test_pitfall_12_a_token_of_no_probability_is_never_drawn(run, device, request):
+def test_pitfall_12_a_token_of_no_probability_is_never_drawn(run, device, fewer, request):
     # vllm#50843: an id outside of the vocabulary, or a token of -inf, where a whole tile is -inf.
-    logits = torch.full((40 if interpreted(request) else 500, 1003), -math.inf)
+    logits = torch.full((40 if interpreted(request) else fewer(500), 1003), -math.inf)
     logits[:, 1002], logits[:, 640] = 0.0, -1.0
     for given in ({}, {"top_p": 0.99}, {"top_k": 700}, {"min_p": 0.01}):
         out = call(run, device, logits, **given)
@@ -604,7 +612,9 @@ def plain(row, u, temperature, top_k, top_p, min_p):
     min_p=st.floats(0, 1),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-def test_any_row_against_plain_python(run, device, row, temperature, top_k, top_p, min_p, seed):
+def test_any_row_against_plain_python(run, device, request, row, temperature, top_k, top_p, min_p, seed):
+    if interpreted(request) and seed % 6:
+        return  # one example of six, for the time it takes
     logits, seeds = torch.tensor([row], dtype=torch.float64), torch.tensor([seed])
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     out = call(run, device, logits, seeds, **given)
