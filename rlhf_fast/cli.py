@@ -75,7 +75,8 @@ SOURCES: dict[str, Sources] = {
     "demo": {},
 }
 EXTRAS = (
-    "transformers", "accelerate", "tokenizers", "safetensors", "yaml", "tqdm", "rich", "matplotlib", "tensorboard", "peft",
+    "transformers", "accelerate", "tokenizers", "safetensors", "yaml", "tqdm", "rich", "matplotlib", "tensorboard",
+    "peft",
 )  # fmt: skip
 
 
