@@ -323,7 +323,7 @@ def cumulative(logits, **given):
 def test_the_preimage_of_a_token_is_an_interval_of_its_probability(
     run, device, dtype, size, draws, given, fewer, request
 ):
-    draws = 40 if interpreted(request) else fewer(draws)
+    draws = 12 if interpreted(request) else fewer(draws)
     logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
     u = uniform(seeds, torch.zeros_like(seeds))
     out = call(run, device, logits.expand(draws, size), seeds, **given)
@@ -381,9 +381,10 @@ def test_sizes(run, device, shape):
     assert bool(((out.ids >= 0) & (out.ids < shape[1])).all())
 
 
-def test_strided_views(run, device):
+def test_strided_views(run, device, request):
     wide = rows((6, 5, 40), seed=15)
-    for view in (wide[:, 2], wide[:, :, 0], wide[0].t(), wide[:, 1, 3:]):
+    views = (wide[:, 2], wide[:, :, 0], wide[0].t(), wide[:, 1, 3:])
+    for view in [v[:2] for v in views] if interpreted(request) else views:
         assert not view.is_contiguous()
         before = view.clone()
         ours = call(run, device, view, top_p=0.8)
