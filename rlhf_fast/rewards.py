@@ -204,6 +204,13 @@ class ModelReward:
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
         self.model, self.tokenizer, self.batch_size = model, load_tokenizer(model, tokenizer), batch_size
 
+    @property
+    def training_range(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the scores of its training data, where its config says so."""
+        config = unwrap(self.model).config
+        found = getattr(config, "score_mean", None), getattr(config, "score_std", None)
+        return None if None in found else found  # type: ignore[return-value]
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
         """``[B]`` scores, float32, on the model's device.

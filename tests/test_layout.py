@@ -21,8 +21,8 @@ LAYERS = (
     {"ops"},
     {"losses"},
     {"models", "pretrained", "sharing", "data", "records", "columns", "generate", "rollout", "rewards"},
-    {"trainers"},
-    {"report", "demo"},
+    {"metrics", "report", "trainers"},
+    {"demo", "evaluate"},
     {"cli", "commands", "flags", "doctor"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -17,6 +17,7 @@ from rlhf_fast.trainers import checkpoint, learning
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.watch import note_range
 
 
 @dataclass(frozen=True)
@@ -183,5 +184,8 @@ class RewardTrainer:
         self.done, self.updates = numbers["step"], numbers["updates"]
 
     def save_model(self, folder: Path) -> None:
-        """Write the reward model and its tokenizer as ``save_pretrained`` does."""
+        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range."""
+        if self.done == self.steps:
+            answers = [answer for pair in self.pairs[:256] for answer in (pair.chosen, pair.rejected)]
+            note_range(self.model, answers, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)
