@@ -36,10 +36,12 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "EvaluateConfig": "rlhf_fast.evaluation",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
+    "evaluate": "rlhf_fast.evaluation",
     "RewardConfig": "rlhf_fast.trainers.reward",
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "PPOConfig": "rlhf_fast.trainers.ppo",
@@ -48,6 +50,7 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",
     "KLOutput",
@@ -63,6 +66,7 @@ __all__ = [
     "SampleOutput",
     "distill_loss",
     "dpo_loss",
+    "evaluate",
     "gae",
     "generate",
     "group_advantages",

@@ -22,7 +22,7 @@ LAYERS = (
     {"losses"},
     {"models", "pretrained", "sharing", "data", "records", "columns", "generate", "rollout", "rewards"},
     {"metrics", "report", "trainers"},
-    {"demo", "evaluate"},
+    {"demo", "evaluation"},
     {"cli", "commands", "flags", "doctor"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
