@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_fast.commands import COMMANDS, EXTRAS, SOURCES, TRAINERS
+from rlhf_fast.commands import COMMANDS, EXTRAS, SOURCES, SWEEP, TRAINERS
 from rlhf_fast.flags import Parser, settings, suggestion
 from rlhf_fast.trainers.options import option, validate
 from rlhf_fast.trainers.run import check_folder
@@ -94,7 +94,8 @@ def run_command(name: str, argv: list[str]) -> None:
         Parser(prog="rlhf-fast doctor", description=COMMANDS[name], allow_abbrev=False).parse_args(argv)
         print(doctor())
         return
-    sources, config = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
+    accepted = SOURCES[name] | ({"sweep": SWEEP} if name in TRAINERS else {})
+    sources, config = settings(name, COMMANDS[name], accepted, config_class(name), argv)
     quieten()
     if name == "generate":
         generate(sources, config)
@@ -104,12 +105,27 @@ def run_command(name: str, argv: list[str]) -> None:
         sources["reward"] = None if sources["reward"] is None else reward_function(sources["reward"])
         importlib.import_module("rlhf_fast.evaluation").evaluate(**sources, config=config)
     else:
-        trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
-        resume = sources.pop("resume")
-        check_folder(sources["output_dir"], run=resume)  # before the models are loaded
-        if "reward" in sources:
-            sources["reward"] = reward_function(sources["reward"])
-        trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
+        train(name, sources, config)
+
+
+def train(name: str, sources: dict[str, Any], config: Any) -> None:
+    """One run of a trainer, or the sweep of many."""
+    trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
+    resume, plan, folder = (sources.pop(source) for source in ("resume", "sweep", "output_dir"))
+    if plan is None:
+        check_folder(folder, run=resume)  # before the models are loaded
+    if "reward" in sources:
+        sources["reward"] = reward_function(sources["reward"])
+
+    def make(config: Any, folder: Any) -> Any:
+        model = sources["model"]
+        rest = {source: value for source, value in sources.items() if source != "model"}
+        return trainer(model, **rest, output_dir=folder, config=config)
+
+    if plan is None:
+        make(config, folder).train(resume=resume)
+    else:
+        importlib.import_module("rlhf_fast.sweep").sweep(make, config, plan, folder, resume=resume)
 
 
 def quieten() -> None:

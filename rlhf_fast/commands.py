@@ -15,6 +15,8 @@ COMMANDS = {
 MODEL = "a folder or a Hub id"
 FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
 RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
+#: What every command that trains takes besides.
+SWEEP = ("a YAML file of config fields to search: a run in output_dir/trial-N for each trial", None)
 #: command → what it works on.
 SOURCES: dict[str, Sources] = {
     "sft": {

@@ -240,7 +240,7 @@ td.good, td.bad { white-space: nowrap }
 footer { margin-top: 40px }
 details { margin: 24px 0 0 }
 details summary { cursor: pointer; font-size: 1.15rem; font-weight: 700 }
-.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) }
+.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px }
 figcaption { font-size: .9rem; margin: 0 0 6px }
 .key { margin-left: 12px; color: var(--soft); white-space: nowrap }

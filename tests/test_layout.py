@@ -23,7 +23,7 @@ LAYERS = (
     {"models", "pretrained", "sharing", "data", "records", "columns", "generate", "rollout", "rewards"},
     {"metrics", "report", "trainers"},
     {"demo", "evaluation"},
-    {"cli", "commands", "flags", "doctor"},
+    {"cli", "commands", "flags", "doctor", "sweep"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -57,7 +57,7 @@ def write(
     config = Table("Config", ("field", "value"), [(name, str(value)) for name, value in results["config"].items()])
     environment = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     write_report(
-        folder, title="Evaluation", summary=f"{results['prompts']} prompts. {' '.join(results['notes'])}",
+        folder, title="Evaluation", summary="\n".join(results["notes"]),
         tables=tables, curves=curves, samples=shown, appendix=[config], environment=environment,
     )  # fmt: skip
 
