@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_fast.metrics import METRICS
 from rlhf_fast.report import Curve, Sample, Table, number, read_lines, series, write_report
 
-MOST_LINES = 20_000  # of metrics.jsonl that are read: more would take more than a second, and no chart is so wide
+MOST_LINES = 5000  # of metrics.jsonl that are read: more would take more than a second, and no chart is so wide
 MOST_SAMPLES, LONGEST = 8, 2000  # samples, and characters of each text
 
 
