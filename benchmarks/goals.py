@@ -145,6 +145,7 @@ def _g10(rows: list[dict]) -> Found:
 
 
 GOALS: dict[tuple[str, str], Callable[[list[dict]], Found]] = {
+    ("advantages", "cuda"): _g10,
     ("gae", "cpu"): _gae_cpu,
     ("gae", "cuda"): _gae_cuda,
     ("kl", "cuda"): _kl_cuda,

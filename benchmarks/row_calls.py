@@ -71,6 +71,17 @@ KL_VARIANTS = (
 )
 
 
+def sample_call(dtype: torch.dtype, knobs: str, tokens: bool, length: int) -> list:
+    """Arguments of the Triton function ``sample``; ``knobs`` has a letter for each that is there, as tpk of "tkpm"."""
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    keys = [torch.zeros(4, dtype=torch.int64) for _ in range(2)]
+    given = [torch.ones(4, dtype=torch.int64 if x == "k" else torch.float64) if x in knobs else None for x in "tkpmrsf"]
+    per_token = [torch.empty(4, length, dtype=d) if tokens else None for d in (torch.int64, result, torch.bool)]
+    floats = [torch.empty(4, dtype=result) for _ in range(4)]
+    outputs = [torch.empty(4, dtype=torch.int64), *floats, torch.empty(4, dtype=torch.int64)]
+    return [torch.empty(4, length, dtype=dtype), *keys, *given, *per_token, *outputs, torch.empty(4, dtype=torch.int8)]
+
+
 def row_calls(op: str, call: Callable, variants: tuple) -> dict[str, Callable[[int], list]]:
     """A name for each variant of an op on rows of logits."""
     calls = {}
@@ -86,4 +97,13 @@ ROW_CALLS = {
     "kl_backward": row_calls("kl_backward", kl_backward_call, KL_VARIANTS),
     "logprobs": row_calls("logprobs", logprobs_call, LOGPROBS_VARIANTS),
     "logprobs_backward": row_calls("logprobs_backward", logprobs_backward_call, LOGPROBS_VARIANTS),
+    "sample": {
+        f"{str(dtype).removeprefix('torch.')} {name}": partial(sample_call, dtype, knobs, tokens)
+        for dtype, name, knobs, tokens in (
+            (torch.float32, "plain", "t", False),
+            (torch.bfloat16, "filters", "tkpm", False),
+            (torch.float16, "all", "tkpmrsf", True),
+            (torch.float64, "all", "tkpmrsf", True),
+        )
+    },
 }

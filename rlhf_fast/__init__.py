@@ -20,10 +20,12 @@ from rlhf_fast.losses import (
     whiten,
 )
 from rlhf_fast.ops import (
+    AdvantagesOutput,
     KLOutput,
     LogprobsOutput,
     PPOLossOutput,
     SampleOutput,
+    advantages,
     gae,
     kl,
     logprobs,
@@ -50,6 +52,7 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "AdvantagesOutput",
     "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",
@@ -64,6 +67,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "advantages",
     "distill_loss",
     "dpo_loss",
     "evaluate",

@@ -82,13 +82,6 @@ TRAINERS = {
 }
 #: what a sentence about a missing package says to install.
 EXTRAS = (
-    "transformers",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "yaml",
-    "tqdm",
-    "rich",
-    "matplotlib",
-    "tensorboard",
-)
+    "transformers", "accelerate", "tokenizers", "safetensors", "yaml", "tqdm", "rich", "matplotlib", "tensorboard",
+    "peft",
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 
+import bench_advantages
 import bench_gae
 import bench_kl
 import bench_logprobs
@@ -194,6 +195,7 @@ class OnTheCPU(torch.overrides.TorchFunctionMode):
 
 # float32 where a peer's Triton kernel may take part: in place, the interpreter's bfloat16 gives nonsense.
 CASES_OF_A_GPU = {
+    "advantages": lambda notes: bench_advantages.case(3, 17, "cuda", "k1"),
     "gae": lambda notes: bench_gae.case(3, 17, "cuda", notes),
     "gae, packed": lambda notes: bench_gae.case(1, 50, "cuda", notes, packed=True),
     "kl": lambda notes: bench_kl.case(4, 33, torch.bfloat16, "cuda", notes, backward=False),

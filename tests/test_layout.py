@@ -11,7 +11,7 @@ from rlhf_fast.dispatch import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlhf_fast"
-PYTHON = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "triton").glob("*.py")])
+PYTHON = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "triton").rglob("*.py")])
 OPS = {name for name in IMPLEMENTATIONS if not name.endswith("_backward")}
 
 # Each module may import those to its left and its own neighbours in the same group.
@@ -71,8 +71,9 @@ def test_the_worked_example_has_all_of_them():
         assert (ROOT / file).exists()
 
 
-@pytest.mark.parametrize("pattern", ["csrc/cpu/*.cpp", "kernels/cuda/*.cu", "kernels/triton/[a-z]*.py"])
+@pytest.mark.parametrize("pattern", ["csrc/cpu/*.cpp", "kernels/cuda/*.cu", "kernels/triton/[a-z]*"])
 def test_a_kernel_file_is_named_after_its_op(pattern):
+    """Or the folder that it became."""
     for path in ROOT.glob(pattern):
         name = str(path.relative_to(ROOT).with_suffix(""))
         assert name in SHARED or path.stem in OPS, f"{name} names no op"
@@ -157,7 +158,9 @@ def test_every_package_is_in_the_wheel():
     lines = (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
     listed = set(re.findall(r'"(rlhf_fast[\w.]*)"', lines))
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
-    assert listed == found | {"rlhf_fast.triton_kernels"}
+    kernels = ROOT / "kernels" / "triton"
+    folders = [path.parent.relative_to(kernels).parts for path in kernels.rglob("__init__.py")]
+    assert listed == found | {".".join(("rlhf_fast", "triton_kernels", *parts)) for parts in folders}
 
 
 def test_no_module_is_named_after_nothing():

@@ -24,7 +24,9 @@ class Plan:
     direction: str = option("maximize", "what is better", choices=DIRECTIONS)
     trials: int = option(20, "runs, those given up included", low=1)
     last: int = option(5, "values of the metric whose mean is a trial's", low=1)
-    pruner: str = option("median", "when a trial is given up: worse than the median, or not in the best quarter", choices=PRUNERS)
+    pruner: str = option(
+        "median", "gives up what is worse than the median, or not in the best quarter", choices=PRUNERS
+    )
     prune_every: int = option(5, "steps between two looks of the pruner", low=1)
     warmup_steps: int = option(0, "steps before its first look", low=0)
     startup_trials: int = option(4, "trials before it looks at any (median)", low=0)

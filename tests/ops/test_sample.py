@@ -7,7 +7,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -42,6 +41,12 @@ def rows(shape, dtype=torch.float32, seed=0, scale=2.5):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
+@pytest.fixture
+def fewer(request):
+    """What becomes of a number of rows: a tenth in the SIMT shim, where one takes the time of a thousand elsewhere."""
+    return lambda count: count // 10 if "simt" in request.node.callspec.id else count
+
+
 def call(run, device, logits, seeds=None, positions=None, **given):
     """One form of the op with the arguments of the public function, which are numbers or tensors."""
     size = logits.shape[0]
@@ -73,6 +78,11 @@ def transformers_scores(logits, temperature=None, top_k=None, top_p=None, min_p=
     return scores
 
 
+def interpreted(request):
+    """Whether the form is Triton's interpreter, where a row takes milliseconds: fewer rows, enough to see a bug."""
+    return "triton-cpu" in request.node.callspec.id
+
+
 def words(*numbers):
     return tuple(torch.tensor([n]) for n in numbers)
 
@@ -94,7 +104,7 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(int(word) for word in philox(words(*counter), words(*key))) == expected
 
 
-def test_a_uniform_has_53_bits():
+def test_pitfall_12_a_uniform_has_53_bits():
     seeds, positions = torch.arange(4096) - 2048, torch.arange(4096) * (1 << 33)
     u = uniform(seeds, positions)
     assert u.dtype == torch.float64
@@ -151,8 +161,8 @@ def test_hand_computed(run, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [50, 1003])
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_keeps_what_transformers_keeps(run, device, given, size, dtype):
-    logits = rows((40, size), dtype)
+def test_keeps_what_transformers_keeps(run, device, given, size, dtype, request):
+    logits = rows((4 if interpreted(request) else 40, size), dtype)
     scores = transformers_scores(logits, **given)
     out = call(run, device, logits, **given)
     assert out.kept.tolist() == (scores > -math.inf).sum(1).tolist()
@@ -176,29 +186,31 @@ def test_the_kept_set_is_that_of_transformers(given):
 
 
 @pytest.mark.parametrize("given", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
-def test_draws_all_of_the_support_and_nothing_else(run, device, given):
-    logits = rows((1, 40), seed=5)
+def test_draws_all_of_the_support_and_nothing_else(run, device, given, fewer, request):
+    logits, draws = rows((1, 40), seed=5), 60 if interpreted(request) else fewer(3000)
     scores = transformers_scores(logits, **given)
     probabilities = scores[0].double().softmax(0)
-    out = call(run, device, logits.expand(3000, 40), **given)
+    out = call(run, device, logits.expand(draws, 40), **given)
     counts = torch.bincount(out.ids, minlength=40)
     assert bool((counts[probabilities == 0] == 0).all())
-    assert bool((counts[probabilities > 0.02] > 0).all())  # each missed with a chance of e^-60
+    assert bool((counts[probabilities > 60 / draws] > 0).all())  # each missed with a chance of e^-60
 
 
 @pytest.mark.parametrize("vary", ["seeds", "positions"])
-def test_frequencies_are_the_probabilities(run, device, vary):
-    logits = rows((1, 12), seed=7, scale=1.0)
-    many = torch.arange(20000) * 7919 - 10**6
-    fixed = torch.full((20000,), 123456789)
+def test_frequencies_are_the_probabilities(run, device, vary, fewer, request):
+    logits, draws = rows((1, 12), seed=7, scale=1.0), 300 if interpreted(request) else fewer(20000)
+    many = torch.arange(draws) * 7919 - 10**6
+    fixed = torch.full((draws,), 123456789)
     seeds, positions = (many, fixed) if vary == "seeds" else (fixed, many)
-    out = call(run, device, logits.expand(20000, 12), seeds, positions)
+    out = call(run, device, logits.expand(draws, 12), seeds, positions)
     counts = torch.bincount(out.ids, minlength=12)
-    assert chisquare(counts.numpy(), (logits[0].double().softmax(0) * 20000).numpy()).pvalue > 1e-4
+    expected = logits[0].double().softmax(0) * draws
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), chi_square / 2) > 1e-4
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_a_row_does_not_depend_on_its_batch(run, device, given):
+def test_pitfall_12_a_row_does_not_depend_on_its_batch(run, device, given, request):
     logits = rows((9, 257), seed=11)
     seeds, positions = torch.arange(9) * 31, torch.arange(9) * 17
     whole = call(run, device, logits, seeds, positions, **given)
@@ -210,10 +222,10 @@ def test_a_row_does_not_depend_on_its_batch(run, device, given):
     for field, ours in enumerate(whole):
         assert torch.equal(ours[order], some[field])
         assert torch.equal(ours, among[field][3:12])
-        for row in range(9):
-            one = slice(row, row + 1)
-            alone = call(run, device, logits[one], seeds[one], positions[one], **given)
-            assert torch.equal(ours[one], alone[field])
+    for row in range(0, 9, 4 if interpreted(request) else 1):
+        one = slice(row, row + 1)
+        alone = call(run, device, logits[one], seeds[one], positions[one], **given)
+        assert all(torch.equal(ours[one], mine) for ours, mine in zip(whole, alone, strict=True))
 
 
 def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
@@ -236,8 +248,10 @@ def test_a_row_does_not_depend_on_other_rows_knobs(run, device):
 
 
 @pytest.mark.parametrize("given", [{}, {"top_p": 0.9}, {"top_k": 50, "min_p": 0.01}], ids=str)
-def test_threads_change_no_bit(run, device, given):
+def test_threads_change_no_bit(run, device, given, request):
     # Tensor.sum of one long row adds in another order than of many, once there is more than one thread.
+    if interpreted(request):
+        pytest.skip("Triton's interpreter has no threads")
     logits, seeds = rows((6, 9001), torch.float64, seed=13), torch.arange(6)
     before, expected = torch.get_num_threads(), call(run, device, logits, seeds, **given)
     try:
@@ -277,9 +291,9 @@ PATTERNS = {
 @pytest.mark.parametrize("given", [*SETTINGS, {"top_k": 700}, {"top_k": 3000, "top_p": 0.6}, {"min_p": 1e-7},
                                    {"top_p": 0.999999}, {"top_p": 0.9, "min_p": 0.4}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern, given):
+def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern, given, request):
     """Several chunks of tokens, more than are sorted at once, and a pruning that finds nothing to prune."""
-    logits = PATTERNS[pattern](rows((3, 20011), seed=30))
+    logits = PATTERNS[pattern](rows((1, 4611) if interpreted(request) else (3, 20011), seed=30))
     ours, theirs = (call(form, where, logits, **given) for form, where in ((run, device), (reference, "cpu")))
     for field in ("ids", "kept", "status"):
         assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
@@ -288,8 +302,8 @@ def test_long_rows_of_any_shape_are_those_of_the_reference(run, device, pattern,
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_1000_rows_keep_what_transformers_keeps(run, device, given):
-    logits = rows((1000, 301), torch.float64, seed=31)
+def test_1000_rows_keep_what_transformers_keeps(run, device, given, fewer, request):
+    logits = rows((8 if interpreted(request) else fewer(1000), 301), torch.float64, seed=31)
     keeps = transformers_scores(logits, **given) > -math.inf
     out = call(run, device, logits, **given)
     assert torch.equal(out.kept, keeps.sum(1))
@@ -306,21 +320,24 @@ def cumulative(logits, **given):
 @pytest.mark.parametrize("given", [{}, {"top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"min_p": 0.05}], ids=str)
 @pytest.mark.parametrize(("size", "draws"), [(40, 20000), (1003, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_preimage_of_a_token_is_an_interval_of_its_probability(run, device, dtype, size, draws, given):
+def test_the_preimage_of_a_token_is_an_interval_of_its_probability(
+    run, device, dtype, size, draws, given, fewer, request
+):
+    draws = 12 if interpreted(request) else fewer(draws)
     logits, seeds = rows((1, size), dtype, seed=32), torch.arange(draws) * 1013
     u = uniform(seeds, torch.zeros_like(seeds))
     out = call(run, device, logits.expand(draws, size), seeds, **given)
     reached = cumulative(logits.double(), **given)
     near = (reached - u[:, None]).abs().amin(1) < BOUND[dtype]  # may fall on either side
-    assert near.sum() <= (10 if dtype == torch.float32 else 0)
+    assert near.sum() <= ((10 if draws >= 1000 else 3) if dtype == torch.float32 else 0)
     assert torch.equal(out.ids[~near], torch.searchsorted(reached, u, right=True)[~near])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [2, 700])
-def test_across_a_boundary_of_the_cdf(run, device, size, dtype):
+def test_across_a_boundary_of_the_cdf(run, device, size, dtype, request):
     """The bound that the kernels state: only a uniform nearer than that to a boundary may fall on its other side."""
-    seeds = torch.arange(100) + 5
+    seeds = torch.arange(20 if interpreted(request) else 100) + 5
     u, shape = uniform(seeds, torch.zeros_like(seeds)), (len(seeds), size)
     later = (torch.arange(size) * 2 >= size).expand(shape)
     logits = rows(shape, torch.float64, seed=33)
@@ -338,12 +355,12 @@ def test_across_a_boundary_of_the_cdf(run, device, size, dtype):
                             for form, where in ((run, device), (reference, "cpu")))  # fmt: skip
             assert bool(((ours >= size // 2) == (sign < 0))[decided].all())
             assert bool(((theirs >= size // 2) == (sign < 0))[decided].all())
-            assert int(decided.sum()) >= (90 if exponent > bound else 0)
+            assert int(decided.sum()) >= (0.9 * len(seeds) if exponent > bound else 0)
             differ += int((ours != theirs).sum())
     assert differ <= 2 * len(seeds)
 
 
-def test_the_tail_at_a_logit_gap_of_18(run, device):
+def test_pitfall_12_the_tail_at_a_logit_gap_of_18(run, device):
     # vllm#51367: 24-bit uniforms never reach the last of it. Of 2^20 seeds those whose uniform lies in the tail.
     logits = torch.zeros(1, 4001)
     logits[0, 0] = 18.0
@@ -364,9 +381,10 @@ def test_sizes(run, device, shape):
     assert bool(((out.ids >= 0) & (out.ids < shape[1])).all())
 
 
-def test_strided_views(run, device):
+def test_strided_views(run, device, request):
     wide = rows((6, 5, 40), seed=15)
-    for view in (wide[:, 2], wide[:, :, 0], wide[0].t(), wide[:, 1, 3:]):
+    views = (wide[:, 2], wide[:, :, 0], wide[0].t(), wide[:, 1, 3:])
+    for view in [v[:2] for v in views] if interpreted(request) else views:
         assert not view.is_contiguous()
         before = view.clone()
         ours = call(run, device, view, top_p=0.8)
@@ -419,7 +437,7 @@ def test_a_temperature_that_overflows_takes_the_likeliest(run, device):
         assert out.logprobs.tolist() == [0, 0, 0]
 
 
-def test_one_bad_row_leaves_the_others_alone(run, device):
+def test_pitfall_12_one_bad_row_leaves_the_others_alone(run, device):
     good = rows((3, 50), seed=17)
     bad = rows((4, 50), seed=18)
     bad[0, 7], bad[1, 49], bad[2, 0] = torch.nan, math.inf, math.inf
@@ -437,18 +455,18 @@ def test_one_bad_row_leaves_the_others_alone(run, device):
             assert torch.equal(ours[[0, 5, 6]], theirs)
 
 
-def test_a_token_of_no_probability_is_never_drawn(run, device):
+def test_pitfall_12_a_token_of_no_probability_is_never_drawn(run, device, fewer, request):
     # vllm#50843: an id outside of the vocabulary, or a token of -inf, where a whole tile is -inf.
-    logits = torch.full((500, 1003), -math.inf)
+    logits = torch.full((40 if interpreted(request) else fewer(500), 1003), -math.inf)
     logits[:, 1002], logits[:, 640] = 0.0, -1.0
     for given in ({}, {"top_p": 0.99}, {"top_k": 700}, {"min_p": 0.01}):
         out = call(run, device, logits, **given)
         assert set(out.ids.tolist()) == {640, 1002}
-        assert out.kept.tolist() == [2] * 500
+        assert out.kept.tolist() == [2] * len(logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_top_k_keeps_every_tie(run, device, dtype):
+def test_pitfall_12_top_k_keeps_every_tie(run, device, dtype):
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], dtype=dtype)
     assert call(run, device, logits, top_k=2).kept.tolist() == [4, 6]
     assert call(run, device, logits, top_k=1).kept.tolist() == [1, 6]
@@ -488,12 +506,12 @@ def test_top_k_ties_after_the_temperature_as_in_transformers(run, device):
     assert int(call(run, device, logits, temperature=3.0, top_k=1).kept) == 2
 
 
-def test_of_tied_tokens_top_p_keeps_the_last(run, device):
-    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0]]).expand(400, 4)
+def test_of_tied_tokens_top_p_keeps_the_last(run, device, request):
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0]]).expand(40 if interpreted(request) else 400, 4)
     assert set(call(run, device, logits, top_p=0.6).ids.tolist()) == {1, 2, 3}
 
 
-def test_min_p_keeps_every_tie_with_the_likeliest(run, device):
+def test_pitfall_12_min_p_keeps_every_tie_with_the_likeliest(run, device):
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
     assert int(call(run, device, logits, min_p=1.0).kept) == 2
 
@@ -595,7 +613,9 @@ def plain(row, u, temperature, top_k, top_p, min_p):
     min_p=st.floats(0, 1),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-def test_any_row_against_plain_python(run, device, row, temperature, top_k, top_p, min_p, seed):
+def test_any_row_against_plain_python(run, device, request, row, temperature, top_k, top_p, min_p, seed):
+    if interpreted(request) and seed % 6:
+        return  # one example of six, for the time it takes
     logits, seeds = torch.tensor([row], dtype=torch.float64), torch.tensor([seed])
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     out = call(run, device, logits, seeds, **given)

@@ -3,12 +3,15 @@
 #pragma once
 #include <math.h>
 
+#include <utility>
+
 #include "simt.hpp"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __shared__ static thread_local  // a block stays on one core
@@ -31,13 +34,22 @@
 #define __shfl_down_sync(mask, value, offset) \
   simt::shuffle(mask, value, simt::lane() + (offset) > 31 ? simt::lane() : simt::lane() + (offset), __COUNTER__)
 
+#define __reduce_max_sync(mask, value) simt::largest(mask, value, __COUNTER__)
+
 using dim3 = simt::Dim;
 using std::max;
 using std::min;
 
+template <class T>
+T atomicAdd(T* to, T x) {  // a block runs one thread at a time
+  return std::exchange(*to, *to + x);
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(x); }
 
 // The runtime, with two devices that are this CPU.
 using cudaStream_t = void*;

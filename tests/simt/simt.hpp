@@ -141,6 +141,12 @@ inline unsigned ballot(unsigned mask, bool predicate, int place) {
   return result;
 }
 
+inline int largest(unsigned mask, int value, int place) {
+  const uint64_t* slots = exchange(mask, value, place);
+  for (int lane = 0; lane < warp_size; lane++) value = std::max(value, static_cast<int>(slots[lane]));
+  return value;
+}
+
 inline int lane() { return self()->lane; }
 
 // Runs `body` once per thread of `grid` x `threads` and returns when all are done; throws what a block failed with.

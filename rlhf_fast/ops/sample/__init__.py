@@ -186,6 +186,14 @@ def _fake(logits: Tensor, seeds: Tensor, positions: Tensor, *_: Any, **__: Any) 
     return ids, drawn, policy, mass, entropy, kept, logits.new_empty(rows, dtype=torch.int8)
 
 
+def _scratch(logits: Tensor, *others: Tensor | None, **named: Tensor | None) -> Tensor:
+    # What the CUDA kernel keeps of 1024 tokens, twice where the scores are not the logits, and a number for each 256.
+    per_token = (*others[9:], *(named.get(name) for name in ("token_counts", "logit_bias", "allowed")))
+    kinds = 1 if all(t is None for t in per_token) else 2
+    words = (8 if logits.dtype == torch.float64 else 4) * kinds + 4
+    return logits.new_empty(logits.shape[0] * -(-logits.shape[1] // 1024) * words, dtype=torch.float64)
+
+
 _sample = define(
     "sample(Tensor logits, Tensor seeds, Tensor positions, Tensor? temperature=None, Tensor? top_k=None, "
     "Tensor? top_p=None, Tensor? min_p=None, Tensor? repetition_penalty=None, Tensor? presence_penalty=None, "
@@ -193,4 +201,5 @@ _sample = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference,
     _fake,
+    scratch=_scratch,
 )
