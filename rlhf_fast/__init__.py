@@ -42,6 +42,8 @@ _LAZY = {
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "PPOConfig": "rlhf_fast.trainers.ppo",
     "PPOTrainer": "rlhf_fast.trainers.ppo",
+    "RRHFConfig": "rlhf_fast.trainers.rrhf",
+    "RRHFTrainer": "rlhf_fast.trainers.rrhf",
 }
 
 __all__ = [
@@ -51,7 +53,9 @@ __all__ = [
     "PPOConfig",
     "PPOLossOutput",
     "PPOTrainer",
+    "RRHFConfig",
     "RRHFLossOutput",
+    "RRHFTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "teach a language model from demonstrations",
     "reward": "train a reward model from pairs of answers",
     "ppo": "optimise a reward with PPO",
+    "rrhf": "learn from several answers to each prompt, ranked by their scores",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
@@ -53,6 +54,14 @@ SOURCES: dict[str, Sources] = {
         "critic": (f"the model that the critic starts from: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/ppo"),
+        "resume": RESUME,
+    },
+    "rrhf": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "data": (f"answers with scores: {FILES}; prompt, responses and scores", ...),
+        "eval_data": ("held-out answers with scores", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/rrhf"),
         "resume": RESUME,
     },
     "generate": {
@@ -175,7 +184,7 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer"}
+TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer", "rrhf": "RRHFTrainer"}
 
 
 def config_class(name: str) -> type:

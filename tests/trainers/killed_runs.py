@@ -24,6 +24,10 @@ from rlhf_fast.trainers import checkpoint  # noqa: E402
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful", "not good")]
 PAIRS = [{"prompt": f"the {w}", "chosen": " was good", "rejected": " was awful"} for w in ("movie", "plot", "Bot")]
+RANKED = [
+    {"prompt": f"the {w}", "responses": [" was good", " awful", " was not bad"][:k], "scores": [1.0, 0.5, 2.0][:k]}
+    for w, k in (("movie", 3), ("plot", 2), ("Bot", 3), ("good", 1))
+]
 PROMPTS = [{"prompt": f"the {w} was"} for w in ("movie", "plot", "bad", "good", "dull")]
 
 
@@ -40,6 +44,8 @@ def make(kind: str, folder: Path):
         return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind == "rrhf":
+        return rf.RRHFTrainer(tiny_gpt2(), data=RANKED, config=rf.RRHFConfig(epochs=3, **numbers), **common)
     config = rf.PPOConfig(
         steps=6, minibatch_size=1, ppo_epochs=2, max_new_tokens=6, kl_target=0.1, kl_horizon=20.0, **numbers
     )
@@ -86,7 +92,7 @@ def forked(*task) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     make("ppo", None)  # transformers imports its parts when they are first used
-    for kind in ("sft", "reward", "ppo"):
+    for kind in sys.argv[2:]:
         print(kind, "whole", forked(kind, root / f"{kind} whole", "never"))
         for moment in ("step", "during save", "after save"):
             folder = root / f"{kind} {moment}"
