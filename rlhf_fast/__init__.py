@@ -44,6 +44,8 @@ _LAZY = {
     "PPOTrainer": "rlhf_fast.trainers.ppo",
     "RRHFConfig": "rlhf_fast.trainers.rrhf",
     "RRHFTrainer": "rlhf_fast.trainers.rrhf",
+    "diverse_beams": "rlhf_fast.beams",
+    "sample_and_rank": "rlhf_fast.candidates",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "SFTTrainer",
     "SampleOutput",
     "distill_loss",
+    "diverse_beams",
     "dpo_loss",
     "gae",
     "generate",
@@ -76,6 +79,7 @@ __all__ = [
     "ranking_loss",
     "rrhf_loss",
     "sample",
+    "sample_and_rank",
     "shape_rewards",
     "whiten",
 ]
