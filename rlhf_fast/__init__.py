@@ -36,6 +36,8 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "DPOConfig": "rlhf_fast.trainers.dpo",
+    "DPOTrainer": "rlhf_fast.trainers.dpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
     "RewardConfig": "rlhf_fast.trainers.reward",
@@ -50,6 +52,8 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "DPOConfig",
+    "DPOTrainer",
     "KLOutput",
     "LogprobsOutput",
     "PPOConfig",

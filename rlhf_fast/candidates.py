@@ -70,8 +70,8 @@ def sample_and_rank(
 
         model = models.load_policy(model, dtype="auto").to(PartialState().device)
     examples = data.prompt_examples(records, tokenizer)
-    knobs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-             "seed": seed, "batch_size": batch_size}  # fmt: skip
+    knobs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+    knobs |= {"top_p": top_p, "seed": seed, "batch_size": batch_size}
     found: list[dict[str, str]] = [{} for _ in records]  # response → who gave it
     if k:
         texts = generate(model, [r for r in records for _ in range(k)], tokenizer=tokenizer, **knobs)

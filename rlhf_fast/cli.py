@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,dpo,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
@@ -21,6 +21,7 @@ COMMANDS = {
     "reward": "train a reward model from pairs of answers",
     "ppo": "optimise a reward with PPO",
     "rrhf": "learn from several answers to each prompt, ranked by their scores",
+    "dpo": "learn from pairs of answers, without a reward model",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
@@ -62,6 +63,15 @@ SOURCES: dict[str, Sources] = {
         "eval_data": ("held-out answers with scores", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/rrhf"),
+        "resume": RESUME,
+    },
+    "dpo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
+        "reference": (f"the model to stay close to; the policy as it starts if absent: {MODEL}", None),
+        "eval_data": ("held-out pairs", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/dpo"),
         "resume": RESUME,
     },
     "generate": {
@@ -184,7 +194,13 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer", "rrhf": "RRHFTrainer"}
+TRAINERS = {
+    "sft": "SFTTrainer",
+    "reward": "RewardTrainer",
+    "ppo": "PPOTrainer",
+    "rrhf": "RRHFTrainer",
+    "dpo": "DPOTrainer",
+}
 
 
 def config_class(name: str) -> type:

@@ -44,6 +44,9 @@ def make(kind: str, folder: Path):
         return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind.startswith("dpo"):
+        config = rf.DPOConfig(epochs=3, precompute_reference=kind == "dpo known", **numbers)
+        return rf.DPOTrainer(tiny_gpt2(), data=PAIRS, config=config, **common)
     if kind == "rrhf":
         return rf.RRHFTrainer(tiny_gpt2(), data=RANKED, config=rf.RRHFConfig(epochs=3, **numbers), **common)
     config = rf.PPOConfig(

@@ -15,6 +15,7 @@ TRAINERS = [
     (rf.RewardTrainer, PAIRS),
     (rf.PPOTrainer, PROMPTS),
     (rf.RRHFTrainer, RANKED),
+    (rf.DPOTrainer, PAIRS),
 ]
 
 
@@ -40,6 +41,7 @@ def test_a_tokenizer_whose_tokens_the_model_does_not_have(trainer, given):
         (rf.SFTTrainer, rf.SFTConfig, DEMOS),
         (rf.RewardTrainer, rf.RewardConfig, PAIRS),
         (rf.RRHFTrainer, rf.RRHFConfig, RANKED),
+        (rf.DPOTrainer, rf.DPOConfig, PAIRS),
     ],
 )
 def test_a_length_beyond_the_context(trainer, config, given):
