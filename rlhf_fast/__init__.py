@@ -20,10 +20,12 @@ from rlhf_fast.losses import (
     whiten,
 )
 from rlhf_fast.ops import (
+    AdvantagesOutput,
     KLOutput,
     LogprobsOutput,
     PPOLossOutput,
     SampleOutput,
+    advantages,
     gae,
     kl,
     logprobs,
@@ -38,6 +40,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "DPOConfig": "rlhf_fast.trainers.dpo",
     "DPOTrainer": "rlhf_fast.trainers.dpo",
+    "GRPOConfig": "rlhf_fast.trainers.grpo",
+    "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
     "RewardConfig": "rlhf_fast.trainers.reward",
@@ -52,8 +56,11 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "AdvantagesOutput",
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KLOutput",
     "LogprobsOutput",
     "PPOConfig",
@@ -67,6 +74,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "advantages",
     "distill_loss",
     "diverse_beams",
     "dpo_loss",

@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,dpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
@@ -20,8 +20,7 @@ COMMANDS = {
     "sft": "teach a language model from demonstrations",
     "reward": "train a reward model from pairs of answers",
     "ppo": "optimise a reward with PPO",
-    "rrhf": "learn from several answers to each prompt, ranked by their scores",
-    "dpo": "learn from pairs of answers, without a reward model",
+    "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
@@ -57,21 +56,13 @@ SOURCES: dict[str, Sources] = {
         "output_dir": ("a new folder for the run and its model", "runs/ppo"),
         "resume": RESUME,
     },
-    "rrhf": {
+    "grpo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "data": (f"answers with scores: {FILES}; prompt, responses and scores", ...),
-        "eval_data": ("held-out answers with scores", None),
-        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/rrhf"),
-        "resume": RESUME,
-    },
-    "dpo": {
-        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
-        "reference": (f"the model to stay close to; the policy as it starts if absent: {MODEL}", None),
-        "eval_data": ("held-out pairs", None),
-        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/dpo"),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "prompts": (f"prompts: {FILES}", ...),
+        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
+        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/grpo"),
         "resume": RESUME,
     },
     "generate": {
@@ -182,7 +173,7 @@ def run_command(name: str, argv: list[str]) -> None:
         trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
         resume = sources.pop("resume")
         check_folder(sources["output_dir"], run=resume)  # before the models are loaded
-        if name == "ppo":
+        if "reward" in sources:
             sources["reward"] = reward_function(sources["reward"])
         trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
 
@@ -194,13 +185,7 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-TRAINERS = {
-    "sft": "SFTTrainer",
-    "reward": "RewardTrainer",
-    "ppo": "PPOTrainer",
-    "rrhf": "RRHFTrainer",
-    "dpo": "DPOTrainer",
-}
+TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer", "grpo": "GRPOTrainer"}
 
 
 def config_class(name: str) -> type:
@@ -273,29 +258,43 @@ def generate(sources: dict[str, Any], config: GenerateConfig) -> None:
 
 
 def doctor() -> str:
-    """Versions, and op × device → the implementation that serves it and why the others do not."""
+    """Versions; every kernel of every op and whether it serves, waits or is absent; why they stand in that order."""
     from rlhf_fast import dispatch, ops  # noqa: F401 (importing the ops declares them)
     from rlhf_fast.trainers.run import versions
 
     cuda = dispatch.extension("_cuda")
-    rows = [("op", "device", "served by", "refused")]
-    for op in (name for name in dispatch.IMPLEMENTATIONS if not name.endswith("_backward")):
-        for device, candidates in dispatch.PREFERENCE.items():
-            chosen = dispatch.serving(op, device)
-            why = [f"{c}: {dispatch.ABSENT[op][c]}" for c in candidates if c in dispatch.ABSENT[op]]
-            why += [
-                f"{c}: {chosen} comes first" for c in candidates if c in dispatch.IMPLEMENTATIONS[op] and c != chosen
-            ]
-            note = " (unmeasured)" if device == "CUDA" and chosen != "reference" else ""
-            rows.append((op, device, chosen + note, "; ".join(why)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-    ]
     built = cuda if isinstance(cuda, str) else f"built with CUDA {cuda.toolkit}, sees {cuda.device_count()} device(s)"
     facts = [f"{package} {found}" for package, found in versions().items()]
-    facts += [f"CUDA driver: {dispatch.driver()}", f"CUDA extension: {built}"]
-    return "\n".join([*facts, "", *table])
+    facts += [f"CUDA driver: {dispatch.driver()}", f"CUDA extension: {built}", ""]
+    rows = [("op", "device", "kernel", "state")]
+    for op in dispatch.CHOICES:
+        for device in ("CPU", "CUDA"):
+            names = dispatch.candidates(op, device)
+            rows += [(op, device, name, kernel_state(op, device, name)) for name in names]
+            if dispatch.serving(op, device) == "reference":
+                rows.append((op, device, "reference", "serves: plain PyTorch"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    guesses = {op: choice for op, choice in dispatch.CHOICES.items() if not choice.measured}
+    why = ["", "unmeasured: no GPU has timed the two kernels yet; what speaks for the order:"] if guesses else []
+    why += [
+        f"{op.ljust(widths[0])}  {' before '.join(choice.order)}: {choice.argument}" for op, choice in guesses.items()
+    ]
+    return "\n".join([*facts, *table, *why])
+
+
+def kernel_state(op: str, device: str, name: str) -> str:
+    """Whether the kernel ``name`` of ``op`` serves ``device``, waits behind another or is absent."""
+    from rlhf_fast import dispatch
+
+    if name in dispatch.ABSENT[op]:
+        return f"absent: {dispatch.ABSENT[op][name]}"
+    first = dispatch.serving(op, device)
+    state = "serves" if first == name else f"ready, {first} comes first"
+    if device == "CPU":
+        return state
+    measured = dispatch.CHOICES[op].measured
+    return f"{state} (measured on {measured})" if measured else f"{state} (unmeasured)"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_fast.data import Prompt
 from rlhf_fast.generate import Generation
@@ -84,6 +84,25 @@ class Rollout:
         texts = zip(self.prompts, self.texts, scores, strict=False)
         return [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in texts]
 
+    @classmethod
+    def join(cls, parts: "list[Rollout]") -> "Rollout":
+        """The sequences of all ``parts``, one part after the other, padded to the longest."""
+        joined: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            if isinstance(values[0], list):
+                joined[field.name] = [item for value in values for item in value]
+            elif isinstance(values[0], Tensor):
+                width = max(v.shape[1] for v in values) if values[0].dim() == 2 else 0
+                left = field.name in ("prompt_ids", "prompt_mask")  # prompts end where responses begin
+                room = [(width - v.shape[1]) * (v.dim() == 2) if v.dim() == 2 else 0 for v in values]
+                sides = [(n, 0) if left else (0, n) for n in room]
+                padded = [nn.functional.pad(v, s) if any(s) else v for v, s in zip(values, sides, strict=True)]
+                joined[field.name] = torch.cat(padded)
+        names = parts[0].columns
+        joined["columns"] = {name: [item for part in parts for item in part.columns[name]] for name in names}
+        return cls(**joined)
+
     def select(self, rows: Tensor) -> "Rollout":
         """The rollout of the sequences ``rows``, int64 ``[M]`` on the CPU, without the columns that all of them pad."""
         at = rows.to(self.mask.device, non_blocking=True)
@@ -105,27 +124,30 @@ class Rollout:
 
 def statistics(
     rollout: Rollout,
-    rewards: Tensor,  # [B, T]
-    returns: Tensor,  # [B, T]
+    rewards: Tensor,  # [B, T], or [B]
+    returns: Tensor | None = None,  # [B, T], where there is a critic
 ) -> dict[str, Tensor]:
     """What a scored rollout looks like, each a 0-d tensor.
 
     ``kl`` is the mean over the responses of the sum of ``rollout.kl`` over their tokens, in nats; ``mismatch`` the root
     of the mean square of what sampler and trainer differ in about the logprob of a token, where both computed it;
-    ``rewards`` that of the token rewards; ``explained_variance`` the share of the returns' variance that the values
-    account for.
+    ``rewards`` that of the token rewards, or of the ``[B]`` scores less the penalties; ``explained_variance`` the share
+    of the returns' variance that the values account for.
     """
-    mask, (unexplained, whole) = rollout.mask, (_variance(x, rollout.mask) for x in (returns - rollout.values, returns))
+    mask = rollout.mask
     mismatch = masked_mean((rollout.old_logprobs - rollout.sampler_logprobs) ** 2, mask).sqrt()
-    return {
+    found = {
         "kl": torch.where(mask, rollout.kl, 0).sum(1).mean(),
         "mismatch": mismatch,
         "scores": rollout.sequence_scores().mean(),
-        "rewards": rewards.sum(1).mean(),
+        "rewards": (rewards if rewards.dim() == 1 else rewards.sum(1)).mean(),
         "response_length": mask.sum(1).float().mean(),
         "ended": rollout.ended.float().mean(),
-        "explained_variance": 1 - unexplained / whole,
     }
+    if returns is not None:
+        unexplained, whole = (_variance(x, mask) for x in (returns - rollout.values, returns))
+        found["explained_variance"] = 1 - unexplained / whole
+    return found
 
 
 def _variance(x: Tensor, mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tiny import accelerate_on, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rlhf_fast.generate import decode, generate
 from rlhf_fast.models import load_policy, load_scalar_model, sequence_scores, token_logits
+from rlhf_fast.trainers import online
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -122,12 +123,12 @@ def test_a_minibatch_waits_once_for_the_gpu():
     trainer = build("ppo")
     rollout = trainer.rollout(trainer.prompts)
     rewards, rows = trainer.score(rollout), torch.arange(4)
-    trainer.accumulate(rollout, rewards, rewards, rows)  # the first one allocates
+    online.accumulate(trainer, rollout, (rewards, rewards), rows)  # the first one allocates
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer.accumulate(rollout, rewards, rewards, rows)
+            online.accumulate(trainer, rollout, (rewards, rewards), rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]

@@ -40,8 +40,8 @@ LAYERS = (
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
-# Not the kernels of an op, but what every kernel of that language shares.
-SHARED = {"kernels/cuda/launch"}
+# Not the kernels of an op, but what several of that language share.
+SHARED = {"kernels/cuda/launch", "kernels/triton/rows"}
 
 
 def module_of(path: Path) -> str:

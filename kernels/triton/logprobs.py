@@ -8,12 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
-
-#: Logits per step. The same for every shape, for the tree of the sums and so the bits follow from it. What does not
-#: fit in the registers as float64 would spill.
-BLOCK, BLOCK_FLOAT64 = 4096, 1024
-#: Leading dimensions that a launch walks through, by division.
-DIMS = 3
+from rlhf_fast.triton_kernels import rows
 
 
 @triton.jit
@@ -22,16 +17,11 @@ def _tanh(x):
     a = tl.abs(x)
     e = tl.exp(-2 * a)
     large = (1 - e) / (1 + e)
-    s = x * x
-    small = a * (1 - s * (0.33333333333 - s * (0.13333333333 - s * (0.053968253968 - s * 0.021869488536))))
+    s = -x * x
+    rest = tl.fma(s, tl.fma(s, tl.fma(s, 0.021869488536, 0.053968253968), 0.13333333333), 0.33333333333)
+    small = tl.fma(a, s * rest, a)
     y = tl.where(a < 0.1, small, large)
     return tl.where(x < 0, -y, y)
-
-
-@triton.jit
-def _offset(row, middle, inner, stride_o, stride_m, stride_i):
-    """Where row ``row`` of ``[outer, middle, inner]`` begins."""
-    return row // (middle * inner) * stride_o + row // inner % middle * stride_m + row % inner * stride_i
 
 
 @triton.jit
@@ -41,20 +31,8 @@ def _capped(x, softcap, CAPPED: tl.constexpr):
     return x
 
 
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """To the nearest of ``dtype``, ties to even. For bfloat16 by hand: Triton's interpreter would cut the bits off."""
-    if dtype == tl.bfloat16:
-        u = x.to(tl.uint32, bitcast=True)
-        u = (u + 0x7FFF + ((u >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, u.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-NUMBERS = [
-    "rows_middle", "rows_inner", "logits_stride_o", "logits_stride_m", "logits_stride_i", "ids_stride_o",
-    "ids_stride_m", "ids_stride_i", "mask_stride_o", "mask_stride_m", "mask_stride_i", "size", "softcap", "temperature",
-]  # fmt: skip
+NUMBERS = ["rows_middle", "rows_inner", "size", "softcap", "temperature", "logits_stride_v"]
+NUMBERS += [f"{name}_stride_{d}" for name in ("logits", "ids", "mask") for d in "omi"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -65,44 +43,41 @@ def logprobs_kernel(
     logprobs_ptr, entropy_ptr, lse_ptr,
     rows_middle, rows_inner, size,
     softcap: tl.float64, temperature: tl.float64,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i takes row i; with a wrong id all of its results are NaN."""
     dtype: tl.constexpr = logprobs_ptr.dtype.element_ty
     softcap, scale = tl.full([], softcap, dtype), tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
-    if mask_ptr is not None:
-        at = _offset(row, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i)
-        if tl.load(mask_ptr + at) == 0:
-            zero = tl.zeros([], dtype)
-            tl.store(logprobs_ptr + row, zero)
-            tl.store(entropy_ptr + row, zero)
-            tl.store(lse_ptr + row, zero)
-            return
-    logits_ptr += _offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
-    lane = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), dtype)
-    total, dot = tl.zeros([BLOCK], dtype), tl.zeros([BLOCK], dtype)
+    size = rows.sided(size, SIDE)
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+        zero = tl.zeros([], dtype)
+        tl.store(logprobs_ptr + row, zero)
+        tl.store(entropy_ptr + row, zero)
+        tl.store(lse_ptr + row, zero)
+        return
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
+    top = tl.full([BLOCK // 4], float("-inf"), dtype)
+    total, dot = tl.zeros([BLOCK // 4], dtype), tl.zeros([BLOCK // 4], dtype)
     start = row * 0
     while start < size:
-        i = start + lane
-        x = tl.load(logits_ptr + i * logits_stride_v, mask=i < size, other=0.0).to(dtype)
-        z = tl.where(i < size, _capped(x, softcap, CAPPED) * scale, float("-inf"))
-        higher = tl.maximum(top, z)  # z may be NaN: what counts is that its exponential is
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shift = tl.where(top == float("-inf"), 0.0, top - base)
-        weight, e = tl.exp(shift), tl.exp(z - base)
-        dot = (dot + total * shift) * weight + tl.where(e == 0, 0.0, e * (z - base))
-        total = total * weight + e
-        top = higher
+        x = rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK)
+        z = _capped(x, softcap, CAPPED) * scale
+        if CAPPED:
+            z = tl.where(tl.arange(0, BLOCK) < size - start, z, float("-inf"))
+        z = rows.quarters(z)
+        top, base, shift = rows.raised(top, z)
+        weight, d = tl.exp(shift), z - base[None, None, :]
+        e = tl.exp(d)
+        dot = tl.fma(tl.fma(total, shift, dot), weight, rows.sum_of(e * tl.maximum(d, rows.LOWEST)))
+        total = tl.fma(total, weight, rows.sum_of(e))
         start += BLOCK
-    highest = tl.max(top)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    shift = tl.where(top == float("-inf"), 0.0, top - base)
+    base, shift = rows.merged(top)
     weight = tl.exp(shift)
-    dot = tl.sum((dot + total * shift) * weight)
-    total = tl.sum(total * weight)
-    chosen = tl.load(ids_ptr + _offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
+    dot = rows.tree_sum((dot + total * shift) * weight)
+    total = rows.tree_sum(total * weight)
+    chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
     inside = (chosen >= 0) & (chosen < size)
     x = tl.load(logits_ptr + chosen.to(tl.int64) * logits_stride_v, mask=inside, other=0.0).to(dtype)
     z = _capped(x, softcap, CAPPED) * scale
@@ -120,67 +95,34 @@ def logprobs_backward_kernel(
     mask_ptr, mask_stride_o, mask_stride_m, mask_stride_i,
     grad_ptr, rows_middle, rows_inner, size,
     softcap: tl.float64, temperature: tl.float64,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``upstream`` is [N, 5]: the three gradients, the entropy, the logsumexp."""
     dtype: tl.constexpr = upstream_ptr.dtype.element_ty
     softcap, scale = tl.full([], softcap, dtype), tl.full([], 1 / temperature, dtype)
     row = tl.program_id(0).to(tl.int64)
+    size = rows.sided(size, SIDE)
     grad_ptr += row * size
-    lane = tl.arange(0, BLOCK)
-    start = row * 0
-    if mask_ptr is not None:
-        at = _offset(row, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i)
-        if tl.load(mask_ptr + at) == 0:
-            while start < size:
-                tl.store(grad_ptr + start + lane, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), start + lane < size)
-                start += BLOCK
-            return
+    if not rows.counts(row, mask_ptr, rows_middle, rows_inner, mask_stride_o, mask_stride_m, mask_stride_i):
+        rows.clear(grad_ptr, size, BLOCK)
+        return
     upstream_ptr += row * 5
     g, h, up = tl.load(upstream_ptr), tl.load(upstream_ptr + 1), tl.load(upstream_ptr + 2)
     entropy, lse = tl.load(upstream_ptr + 3), tl.load(upstream_ptr + 4)
-    chosen = tl.load(ids_ptr + _offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
-    logits_ptr += _offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
+    at = rows.offset(row, rows_middle, rows_inner, logits_stride_o, logits_stride_m, logits_stride_i)
+    logits_ptr += rows.sided(at, SIDE)
+    start = row * 0
     while start < size:
-        i = start + lane
-        x = tl.load(logits_ptr + i * logits_stride_v, mask=i < size, other=0.0).to(dtype)
-        capped = _capped(x, softcap, CAPPED)
-        logp = capped * scale - lse
-        dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * (up - g - h * (logp + entropy)))
-        dz += tl.where(i == chosen, g, 0.0)
+        capped = _capped(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), softcap, CAPPED)
+        logp = tl.fma(capped, scale, -lse)
+        dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * tl.fma(-h, logp + entropy, up - g))
+        dz += rows.only_at(chosen, start, g, BLOCK)
         if CAPPED:
-            dz *= 1 - (capped / softcap) * (capped / softcap)
-        tl.store(grad_ptr + i, _rounded(dz * scale, grad_ptr.dtype.element_ty), mask=i < size)
+            bound = capped / softcap
+            dz *= tl.fma(-bound, bound, 1.0)
+        rows.store(grad_ptr, start, size, dz * scale, BLOCK)
         start += BLOCK
-
-
-def block_of(logits: torch.Tensor) -> int:
-    """Logits per step."""
-    return BLOCK_FLOAT64 if logits.dtype == torch.float64 else BLOCK
-
-
-def folded(*tensors: torch.Tensor) -> tuple[list[int], list[list[int]]] | None:
-    """The shape of all tensors in DIMS dimensions and their strides; None where it does not fold.
-
-    Neighbouring dimensions fold where every tensor strides over them as over one.
-    """
-    shape = tensors[0].shape
-    sizes: list[int] = []
-    strides: list[list[int]] = [[] for _ in tensors]
-    for d in reversed(range(len(shape))):
-        here = [t.stride(d) for t in tensors]
-        if shape[d] == 1:
-            continue
-        if sizes and all(h == s[-1] * sizes[-1] for h, s in zip(here, strides, strict=True)):
-            sizes[-1] *= shape[d]
-            continue
-        sizes.append(shape[d])
-        for s, h in zip(strides, here, strict=True):
-            s.append(h)
-    missing = DIMS - len(sizes)
-    if missing < 0:
-        return None
-    return [*[1] * missing, *reversed(sizes)], [[*[0] * missing, *reversed(s)] for s in strides]
 
 
 def logprobs(
@@ -196,8 +138,7 @@ def logprobs(
     """Fill the outputs (rlhf_fast/ops/logprobs.py says what with)."""
     if ids.numel() == 0:
         return
-    rows = logits[..., 0]
-    fold = folded(rows, ids, ids if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ids, ids if mask is None else mask)
     if fold is None:  # many dimensions in no order: a launch for each index of the first
         for i in range(logits.shape[0]):
             part = None if mask is None else mask[i]
@@ -211,7 +152,7 @@ def logprobs(
         logprobs, entropy, lse,
         *shape[1:], logits.shape[-1],
         softcap or 0.0, temperature,
-        CAPPED=softcap is not None, BLOCK=block_of(logits), num_warps=8,
+        CAPPED=softcap is not None, **rows.constants(lse.dtype, logits),
     )  # fmt: skip
 
 
@@ -232,7 +173,7 @@ def logprobs_backward(
     if ids.numel() == 0:
         return
     numbers = grad_logprobs, grad_entropy, grad_lse, entropy, lse
-    fold = folded(logits[..., 0], ids, ids if mask is None else mask)
+    fold = rows.folded(logits[..., 0], ids, ids if mask is None else mask)
     if fold is None:
         for i in range(logits.shape[0]):
             part = [None if t is None else t[i] for t in (*numbers[:3], logits, ids, *numbers[3:], mask)]
@@ -246,7 +187,7 @@ def logprobs_backward(
         mask, *of_mask,
         grad, *shape[1:], logits.shape[-1],
         softcap or 0.0, temperature,
-        CAPPED=softcap is not None, BLOCK=block_of(logits), num_warps=8,
+        CAPPED=softcap is not None, **rows.constants(lse.dtype, logits, grad, sums=False),
     )  # fmt: skip
 
 

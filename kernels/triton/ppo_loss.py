@@ -206,11 +206,13 @@ def ppo_loss_finish_kernel(
     written |= ((column == 1) | (column == 6)) & HAS_VALUES
     written |= ((column == 2) & HAS_ENTROPY) | ((column == 3) & HAS_REF)
     sums = tl.zeros([BLOCK, 16], tl.float64)
-    first = tl.arange(0, BLOCK)
-    for start in range(0, blocks, BLOCK):
-        row = (start + first).to(tl.int64)[:, None]
+    row = tl.arange(0, BLOCK).to(tl.int64)[:, None]
+    start = tl.program_id(0)
+    while start < blocks:
         x = tl.load(partials_ptr + row * 9 + column[None, :], mask=(row < blocks) & written[None, :], other=0.0)
         sums = tl.where(column[None, :] == 8, _larger(x, sums), sums + x)
+        row += BLOCK
+        start += BLOCK
     strange = tl.max((sums != sums).to(tl.int32), 0) != 0
     largest = tl.where(strange, float("nan"), tl.max(tl.where(sums != sums, 0.0, sums), 0))
     total = tl.sum(sums, 0)
@@ -222,6 +224,30 @@ def ppo_loss_finish_kernel(
     loss += _weighted(tl.full([], kl_coef, tl.float64), _at(means, column, 3))
     tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
     tl.store(stats_ptr + column, means.to(stats_ptr.dtype.element_ty), mask=column < 9)
+
+
+GRADS = [f"{name}_{field}" for name in ("lp", "v", "ent") for field in ("stride_b", "stride_t", "width", "tokens")]
+
+
+@triton.jit
+def _scale(factor, to_ptr, from_ptr, stride_b, stride_t, width, tokens, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(to_ptr + i, factor * _load(from_ptr, stride_b, stride_t, i, width, i < tokens, FLAT), mask=i < tokens)
+
+
+@triton.jit(do_not_specialize=GRADS)
+def ppo_loss_backward_kernel(
+    factor_ptr,
+    to_lp_ptr, lp_ptr, lp_stride_b, lp_stride_t, lp_width, lp_tokens,
+    to_v_ptr, v_ptr, v_stride_b, v_stride_t, v_width, v_tokens,
+    to_ent_ptr, ent_ptr, ent_stride_b, ent_stride_t, ent_width, ent_tokens,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program p takes tokens [p BLOCK, (p + 1) BLOCK) of each gradient."""
+    factor = tl.load(factor_ptr)
+    _scale(factor, to_lp_ptr, lp_ptr, lp_stride_b, lp_stride_t, lp_width, lp_tokens, FLAT, BLOCK)
+    _scale(factor, to_v_ptr, v_ptr, v_stride_b, v_stride_t, v_width, v_tokens, FLAT, BLOCK)
+    _scale(factor, to_ent_ptr, ent_ptr, ent_stride_b, ent_stride_t, ent_width, ent_tokens, FLAT, BLOCK)
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
@@ -260,3 +286,14 @@ def ppo_loss(
         HAS_VALUES=values is not None, HAS_ENTROPY=entropy is not None, HAS_REF=ref_logprobs is not None,
         BLOCK=BLOCK_PARTIALS, num_warps=4,
     )  # fmt: skip
+
+
+def ppo_loss_backward(grad_loss, grad_logprobs, grad_values, grad_entropy, logprobs, values, entropy) -> None:
+    """Fill the last three with those before, times ``grad_loss``; what is absent has no elements."""
+    pairs = (logprobs, grad_logprobs), (values, grad_values), (entropy, grad_entropy)
+    blocks = triton.cdiv(max(to.numel() for to, _ in pairs), BLOCK)
+    if blocks:
+        ppo_loss_backward_kernel[(blocks,)](
+            grad_loss, *(x for to, grad in pairs for x in (to, *_strides(grad), max(to.shape[-1], 1), to.numel())),
+            FLAT=all(grad.is_contiguous() for _, grad in pairs), BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip

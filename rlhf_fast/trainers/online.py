@@ -13,7 +13,8 @@ from rlhf_fast.rollout import Rollout
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers.run import stream
 
-PROMPTS, SEEDS, MINIBATCHES = 0, 1, 2  # what a random stream is for
+PROMPTS, SEEDS, MINIBATCHES, MORE = 0, 1, 2, 3  # what a random stream is for
+OLD, SCALES = ("recomputed", "sampler"), ("none", "std", "norm")  # choices of old_logprobs and scale_scores
 
 
 def tokenise(
@@ -49,14 +50,30 @@ def batches(prompts: list[data.Prompt], config: Any, done: int) -> Iterator[list
         waiting = waiting[config.batch_size :]
 
 
+def more(prompts: list[data.Prompt], count: int, config: Any, step: int, attempt: int) -> list[data.Prompt]:
+    """``count`` other prompts for a ``step`` that asks once more."""
+    drawn = torch.randint(len(prompts), (count,), generator=stream(config.seed, MORE, step, attempt))
+    return [prompts[i] for i in drawn.tolist()]
+
+
 def write(
-    policy: nn.Module, batch: list[data.Prompt], tokenizer: Any, config: Any, *, stop_ids: list[int], step: int
+    policy: nn.Module,
+    batch: list[data.Prompt],
+    tokenizer: Any,
+    config: Any,
+    *,
+    stop_ids: list[int],
+    step: int,
+    attempt: int = 0,
 ) -> Rollout:
-    """A response of ``policy`` to each prompt of ``batch``; the seeds depend on the config's and on ``step`` alone."""
+    """A response of ``policy`` to each prompt of ``batch``.
+
+    The seeds depend on the config's, on ``step`` and, after the first, on the ``attempt`` alone.
+    """
     device = next(policy.parameters()).device
     ids = [example.ids for example in batch]
     prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, tokenizer.pad_token_id, side="left"))
-    seeds = torch.randint(2**62, (len(batch),), generator=stream(config.seed, SEEDS, step))
+    seeds = torch.randint(2**62, (len(batch),), generator=stream(config.seed, SEEDS, step, *[attempt] * (attempt > 0)))
     with learning.autocast(device, config.precision):
         written = decode(
             policy, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
@@ -80,10 +97,13 @@ def read(model: nn.Module, rollout: Rollout, config: Any) -> ops.LogprobsOutput:
     return ops.logprobs(logits, rollout.responses, temperature=config.temperature, mask=rollout.mask)
 
 
-def compare(policy: nn.Module, reference: nn.Module, rollout: Rollout, config: Any) -> None:
-    """Fill in ``ref_logprobs`` and ``kl`` of ``rollout``, and ``old_logprobs`` unless they are the sampler's."""
+def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, config: Any) -> None:
+    """Fill in ``ref_logprobs`` and ``kl`` of ``rollout``, and ``old_logprobs`` unless they are the sampler's.
+
+    Without a reference the first two stay 0.
+    """
     recomputed = config.old_logprobs == "recomputed"
-    if config.kl == "exact":
+    if config.kl == "exact" and reference is not None:
         both = (_logits(model, rollout, config) for model in (policy, reference))
         found = ops.kl(*both, rollout.responses, temperature=config.temperature, mask=rollout.mask)
         rollout.kl, old, rollout.ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
@@ -91,6 +111,8 @@ def compare(policy: nn.Module, reference: nn.Module, rollout: Rollout, config: A
         return
     if recomputed:
         rollout.old_logprobs = read(policy, rollout, config).logprobs
+    if reference is None:
+        return
     rollout.ref_logprobs = read(reference, rollout, config).logprobs
     rollout.kl = rollout.old_logprobs - rollout.ref_logprobs
 
@@ -128,12 +150,88 @@ def token_rewards(scores: Tensor, rollout: Rollout, config: Any, kl_coef: float)
     return rewards + shape_rewards(-penalties(rollout, config), *both, rollout.mask, kl_coef=0.0)
 
 
+def sequence_scores(reward: Any, rollout: Rollout, config: Any, moments: RunningMoments) -> Tensor:
+    """One score for each response, ``[B]``: scaled, clipped and less the penalties."""
+    found = scores(reward, rollout, config, moments)
+    if found.dim() == 2:
+        found = torch.where(rollout.mask, found, 0).sum(1)
+    if config.clip_scores is not None:
+        found = found.clamp(-config.clip_scores, config.clip_scores)
+    return found - penalties(rollout, config)
+
+
+def keep_groups(rounds: list[tuple[Rollout, Tensor]], count: int, size: int) -> tuple[Rollout, Tensor]:
+    """``count`` groups of ``size`` responses out of all ``rounds``, those first whose scores are not all equal."""
+    if len(rounds) == 1:
+        return rounds[0]
+    rollout, scores = Rollout.join([r for r, _ in rounds]), torch.cat([s for _, s in rounds])
+    equal = torch.tensor(equal_groups(scores, size))
+    rows = equal.argsort(stable=True)[:count].sort().values
+    rows = (rows[:, None] * size + torch.arange(size)).flatten()
+    return rollout.select(rows), scores[rows.to(scores.device)]
+
+
+def equal_groups(scores: Tensor, size: int) -> list[bool]:
+    """Whether the scores of each group of ``size`` neighbours are all equal; waits for the device."""
+    groups = scores.view(-1, size)
+    return list((groups == groups[:, :1]).all(1).tolist())
+
+
+def cliprange(config: Any) -> tuple[float, float]:
+    """How far the ratio may move down and up."""
+    return config.cliprange, config.cliprange if config.cliprange_high is None else config.cliprange_high
+
+
 def penalties(rollout: Rollout, config: Any) -> Tensor:
     """What each response loses for not ending and for being long, ``[B]``."""
     missing = torch.where(rollout.ended, 0.0, config.missing_eos_penalty or 0.0)
     buffer = min(config.overlong_buffer, config.max_new_tokens)
     length = overlong_penalty(rollout.mask.sum(1), longest=config.max_new_tokens, buffer=buffer)
     return missing + config.overlong_penalty * length
+
+
+def update(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...]) -> dict[str, float]:
+    """``ppo_epochs`` passes over ``rollout`` in minibatches, fewer if the policy has moved by ``stop_kl``.
+
+    ``trainer`` has ``config``, ``optimizer``, ``accelerator``, ``learners`` (prefix → model), ``done``, ``updates``,
+    ``forward_size`` (responses per forward pass), ``count(rollout, rows)`` (the denominator of a minibatch) and
+    ``loss(part, *targets, count)``, where each target is ``[B, T]`` or ``[B]``. Returns the mean statistics.
+    """
+    c, taken = trainer.config, []
+    for epoch in range(c.ppo_epochs):
+        order = torch.randperm(len(rollout), generator=stream(c.seed, MINIBATCHES, trainer.done, epoch))
+        for rows in order.split(c.minibatch_size):
+            stats = accumulate(trainer, rollout, targets, rows)
+            taken.append(stats)
+            if c.stop_kl is not None and stats["approx_kl"] > c.stop_kl:
+                trainer.optimizer.zero_grad(set_to_none=True)
+                return learning.mean_of(taken)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.updates += 1
+    return learning.mean_of(taken)
+
+
+def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows: Tensor) -> dict[str, float]:
+    """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch.
+
+    The denominator is that of the minibatch, so that the split changes no more than the rounding.
+    """
+    device, total = rollout.mask.device, {}
+    count = trainer.count(rollout, rows.to(device, non_blocking=True))
+    for some in rows.split(trainer.forward_size):
+        part, at = rollout.select(some), some.to(device, non_blocking=True)
+        end = part.mask.shape[1]
+        loss, stats = trainer.loss(part, *(t[at] if t.dim() == 1 else t[at, :end] for t in targets), count)
+        trainer.accelerator.backward(loss)
+        for name, value in {"loss": loss.detach(), **stats}.items():
+            merge = torch.maximum if name == "ratio_max" else torch.add
+            total[name] = merge(total[name], value) if name in total else value
+    norms = learning.clip_gradients(trainer.accelerator, [*trainer.learners.values()], trainer.config.max_grad_norm)
+    names = [f"{prefix}grad_norm" for prefix in trainer.learners]
+    numbers = learning.numbers(total | dict(zip(names, norms, strict=True)))  # the only wait for the device
+    learning.check_finite(trainer.optimizer, numbers["loss"], [numbers[name] for name in names])
+    return numbers
 
 
 def _logits(model: nn.Module, rollout: Rollout, config: Any) -> Tensor:

@@ -21,9 +21,7 @@ from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with
 from rlhf_fast.trainers import checkpoint, learning, online
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, stream
-
-OLD, SCALES = ("recomputed", "sampler"), ("none", "std", "norm")
+from rlhf_fast.trainers.run import Run, check_folder
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ class PPOConfig:
     kl_horizon: float = option(10000.0, "responses over which the adaptive kl_coef moves", above=0.0)
     stop_kl: float | None = option(None, "approx_kl at which the passes over a batch end early", above=0.0)
     critic_warmup_steps: int = option(0, "first steps in which the critic learns alone", low=0)
-    old_logprobs: str = option("recomputed", "the ratio starts from the trainer's or the sampler's", choices=OLD)
+    old_logprobs: str = option("recomputed", "the ratio starts from the trainer's or the sampler's", choices=online.OLD)
     importance_cap: float | None = option(None, "largest trainer/sampler ratio that corrects an advantage", above=0.0)
-    scale_scores: str = option("none", "divide by the running std; norm subtracts the mean first", choices=SCALES)
+    scale_scores: str = option("none", "divide by the running std; norm: less the mean first", choices=online.SCALES)
     clip_scores: float | None = option(None, "largest absolute score, after scaling", above=0.0)
     missing_eos_penalty: float | None = option(None, "taken from the last reward of a response that never ends", low=0)
     overlong_penalty: float = option(0.0, "taken from that of the longest response; less within overlong_buffer", low=0)
@@ -145,6 +143,7 @@ class PPOTrainer:
         self.optimizer = learning.adamw(groups, c.weight_decay)
         self.kl_control = AdaptiveKL(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None
         self.kl_coef, self.moments = c.kl_coef, RunningMoments()
+        self.learners = {"": self.policy, "critic_": self.critic}  # prefix of its gradient's norm → model
         self.done = self.updates = self.skipped = 0  # PPO steps, optimizer steps, batches without a reward
         self.samples: list[dict[str, Any]] = []
 
@@ -218,37 +217,11 @@ class PPOTrainer:
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """``ppo_epochs`` passes of clipped updates, fewer if the policy has moved by ``stop_kl``."""
-        c, taken = self.config, []  # the statistics of every minibatch
-        for epoch in range(c.ppo_epochs):
-            order = torch.randperm(len(rollout), generator=stream(c.seed, online.MINIBATCHES, self.done, epoch))
-            for rows in order.split(c.minibatch_size):
-                stats = self.accumulate(rollout, advantages, returns, rows)
-                taken.append(stats)
-                if c.stop_kl is not None and stats["approx_kl"] > c.stop_kl:
-                    self.optimizer.zero_grad(set_to_none=True)
-                    return learning.mean_of(taken)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.updates += 1
-        return learning.mean_of(taken)
+        return online.update(self, rollout, (advantages, returns))
 
-    def accumulate(self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> dict[str, float]:
-        """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch."""
-        tokens = rollout.mask[rows.to(self.device, non_blocking=True)].sum()
-        total: dict[str, Tensor] = {}
-        for some in rows.split(self.forward_size):
-            part, at = rollout.select(some), some.to(self.device, non_blocking=True)
-            end = part.mask.shape[1]
-            loss, stats = self.loss(part, advantages[at, :end], returns[at, :end], tokens)
-            self.accelerator.backward(loss)
-            for name, value in {"loss": loss.detach(), **stats}.items():
-                merge = torch.maximum if name == "ratio_max" else torch.add
-                total[name] = merge(total[name], value) if name in total else value
-        norms = learning.clip_gradients(self.accelerator, [self.policy, self.critic], self.config.max_grad_norm)
-        total |= {"grad_norm": norms[0], "critic_grad_norm": norms[1]}
-        numbers = learning.numbers(total)  # the only wait for the device
-        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"], numbers["critic_grad_norm"]])
-        return numbers
+    def count(self, rollout: Rollout, rows: Tensor) -> Tensor:
+        """What the loss of the minibatch ``rows`` is divided by: its valid tokens, 0-d."""
+        return rollout.mask[rows].sum()
 
     def loss(self, rollout: Rollout, advantages: Tensor, returns: Tensor, tokens: Tensor) -> ops.PPOLossOutput:
         """Clipped policy and value loss of some sequences of a minibatch that has ``tokens`` valid tokens in all."""
@@ -257,9 +230,8 @@ class PPOTrainer:
             now = ops.LogprobsOutput(rollout.old_logprobs, torch.zeros_like(rollout.values), rollout.values)
         else:
             now = online.read(self.policy, rollout, c)
-        cliprange = c.cliprange if c.cliprange_high is None else (c.cliprange, c.cliprange_high)
         return ops.ppo_loss(
-            now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=cliprange,
+            now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=online.cliprange(c),
             values=self.value(rollout), old_values=rollout.values, returns=returns, cliprange_value=c.cliprange_value,
             vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
             denominator=tokens,

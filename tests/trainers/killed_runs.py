@@ -49,6 +49,9 @@ def make(kind: str, folder: Path):
         return rf.DPOTrainer(tiny_gpt2(), data=PAIRS, config=config, **common)
     if kind == "rrhf":
         return rf.RRHFTrainer(tiny_gpt2(), data=RANKED, config=rf.RRHFConfig(epochs=3, **numbers), **common)
+    if kind == "grpo":
+        config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
+        return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
     config = rf.PPOConfig(
         steps=6, minibatch_size=1, ppo_epochs=2, max_new_tokens=6, kl_target=0.1, kl_horizon=20.0, **numbers
     )

@@ -14,6 +14,7 @@ TRAINERS = [
     (rf.SFTTrainer, DEMOS),
     (rf.RewardTrainer, PAIRS),
     (rf.PPOTrainer, PROMPTS),
+    (rf.GRPOTrainer, PROMPTS),
     (rf.RRHFTrainer, RANKED),
     (rf.DPOTrainer, PAIRS),
 ]

@@ -130,7 +130,7 @@ def test_one_minibatch_is_the_papers_loss_and_gradient(pad_is_eos):
     assert rollout.mask.sum(1).unique().numel() > 1 or rollout.prompt_mask.sum(1).unique().numel() > 1
     shake(trainer.policy, 0.01)
     shake(trainer.critic, 0.01)
-    stats = trainer.accumulate(rollout, advantages, returns, torch.randperm(6))
+    stats = online.accumulate(trainer, rollout, (advantages, returns), torch.randperm(6))
     policy, critic = copy.deepcopy(trainer.policy).double(), copy.deepcopy(trainer.critic).double()
     for model in (policy, critic):
         model.zero_grad()
@@ -155,7 +155,7 @@ def test_the_ratio_of_the_first_minibatch_is_one(make, temperature):
     trainer = build(make=make, temperature=temperature)
     rollout, advantages, returns = collect(trainer)
     rows = torch.tensor([4, 0, 2])
-    stats = trainer.accumulate(rollout, advantages, returns, rows)
+    stats = online.accumulate(trainer, rollout, (advantages, returns), rows)
     assert stats["ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert stats["ratio_max"] == pytest.approx(1, abs=1e-5)
     assert stats["approx_kl"] < 1e-10
@@ -256,7 +256,7 @@ def test_micro_batches_add_up_to_the_minibatch(size):
         trainer = build(minibatch_size=6, micro_batch_size=micro, max_grad_norm=1e9, entropy_coef=0.1)
         collected = collect(trainer)
         shake(trainer.policy, 0.01)
-        stats = trainer.accumulate(*collected, torch.arange(6))
+        stats = online.accumulate(trainer, collected[0], tuple(collected[1:]), torch.arange(6))
         results.append((stats, gradients(trainer.policy, trainer.critic)))
     (stats, gradient), (more_stats, more_gradient) = results
     torch.testing.assert_close(more_gradient, gradient, atol=1e-6 * gradient.abs().max().item(), rtol=1e-4)
@@ -277,7 +277,7 @@ def test_pad_may_equal_eos():
             response = rollout.responses[row, :length].tolist()
             assert rollout.ended[row].item() == (response[-1] == trainer.tokenizer.eos_token_id)
             assert trainer.tokenizer.eos_token_id not in response[:-1]
-        stats = trainer.accumulate(rollout, advantages, returns, torch.arange(6))
+        stats = online.accumulate(trainer, rollout, (advantages, returns), torch.arange(6))
         by_padding.append((rollout.texts, stats))
     assert by_padding[0][0] == by_padding[1][0]
     for name, value in by_padding[0][1].items():
@@ -440,7 +440,7 @@ def test_scores_are_clipped_before_the_kl_is_paid():
 def test_bfloat16_keeps_float32_weights_and_a_ratio_of_one():
     trainer = build(precision="bf16", learning_rate=1e-3)
     rollout, advantages, returns = collect(trainer)
-    stats = trainer.accumulate(rollout, advantages, returns, torch.arange(6))
+    stats = online.accumulate(trainer, rollout, (advantages, returns), torch.arange(6))
     # Old and new logprobs come from the same bfloat16 pass over other batches: the ratio differs by its rounding.
     assert stats["ratio_mean"] == pytest.approx(1, abs=1e-2)
     assert stats["approx_kl"] < 1e-3
