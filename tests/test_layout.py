@@ -36,7 +36,7 @@ LAYERS = (
     },
     {"trainers"},
     {"report", "demo"},
-    {"cli", "flags", "doctor"},
+    {"cli", "commands", "flags", "doctor"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
