@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,grpo,dpo,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
