@@ -40,6 +40,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "DPOConfig": "rlhf_fast.trainers.dpo",
     "DPOTrainer": "rlhf_fast.trainers.dpo",
+    "DistillConfig": "rlhf_fast.trainers.distill",
+    "DistillTrainer": "rlhf_fast.trainers.distill",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
@@ -59,6 +61,8 @@ __all__ = [
     "AdvantagesOutput",
     "DPOConfig",
     "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "KLOutput",

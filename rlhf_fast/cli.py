@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,grpo,dpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,rrhf,grpo,dpo,distill,generate,doctor,demo}``."""
 
 import dataclasses
 import importlib
@@ -104,7 +104,7 @@ def run_command(name: str, argv: list[str]) -> None:
         trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
         resume = sources.pop("resume")
         check_folder(sources["output_dir"], run=resume)  # before the models are loaded
-        if "reward" in sources:
+        if sources.get("reward") is not None:
             sources["reward"] = reward_function(sources["reward"])
         trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
 

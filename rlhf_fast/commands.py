@@ -9,6 +9,7 @@ COMMANDS = {
     "rrhf": "learn from several answers to each prompt, ranked by their scores",
     "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
     "dpo": "learn from pairs of answers, without a reward model",
+    "distill": "teach a student what a teacher predicts, and what a reward says of it",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
@@ -70,6 +71,17 @@ SOURCES: dict[str, Sources] = {
         "output_dir": ("a new folder for the run and its model", "runs/dpo"),
         "resume": RESUME,
     },
+    "distill": {
+        "model": (f"the student to start from: {MODEL}", ...),
+        "teacher": (f"the model to learn from, with the student's vocabulary: {MODEL}", ...),
+        "data": (f"given responses: {FILES}; text, prompt and response, or messages", None),
+        "prompts": (f"prompts that the student answers itself, in place of data: {FILES}", None),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", None),
+        "eval_data": ("held-out responses", None),
+        "tokenizer": (f"another tokenizer than the student's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/distill"),
+        "resume": RESUME,
+    },
     "generate": {
         "model": (f"the model that writes: {MODEL}", ...),
         "prompt": ("a prompt", None),
@@ -81,6 +93,7 @@ SOURCES: dict[str, Sources] = {
 }
 #: command → its trainer in rlhf_fast/trainers/<command>.py; the config is named alike.
 TRAINERS = {
+    "distill": "DistillTrainer",
     "dpo": "DPOTrainer",
     "grpo": "GRPOTrainer",
     "ppo": "PPOTrainer",

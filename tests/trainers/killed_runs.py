@@ -44,6 +44,11 @@ def make(kind: str, folder: Path):
         return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind.startswith("distill"):
+        given = {"data": DEMOS} if kind == "distill" else {"prompts": PROMPTS}
+        config = rf.DistillConfig(epochs=2, steps=6, max_new_tokens=6, **numbers)
+        teacher = tiny_gpt2(seed=1)
+        return rf.DistillTrainer(tiny_gpt2(), teacher=teacher, reward=noisy_reward, config=config, **given, **common)
     if kind.startswith("dpo"):
         config = rf.DPOConfig(epochs=3, precompute_reference=kind == "dpo known", **numbers)
         return rf.DPOTrainer(tiny_gpt2(), data=PAIRS, config=config, **common)

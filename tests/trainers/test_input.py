@@ -17,6 +17,8 @@ TRAINERS = [
     (rf.GRPOTrainer, PROMPTS),
     (rf.RRHFTrainer, RANKED),
     (rf.DPOTrainer, PAIRS),
+    (rf.DistillTrainer, DEMOS | {"teacher": tiny_gpt2(TOKENIZER)}),
+    (rf.DistillTrainer, {"prompts": [{"prompt": "the movie"}], "teacher": tiny_gpt2(TOKENIZER)}),
 ]
 
 
