@@ -40,8 +40,9 @@ def make(kind: str, folder: Path):
     """A trainer of six steps with a checkpoint every third."""
     common = {"output_dir": folder, "tokenizer": TOKENIZER}
     numbers = {"save_every": 3, "quiet": True, "batch_size": 2, "learning_rate": 1e-3}
-    if kind == "sft":
-        return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
+    if kind.startswith("sft"):
+        config = rf.SFTConfig(epochs=2, packing=kind == "sft packed", **numbers)
+        return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=config, **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
     if kind.startswith("distill"):

@@ -161,7 +161,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_a_teacher_is_learned(tmp_path, teacher, kind):
     folder, demos = teacher
-    options = {"kind": kind, "learning_rate": 1e-2, "epochs": 70, "batch_size": 3, "eval_data": demos}
+    options = {"kind": kind, "learning_rate": 1e-2, "epochs": 100, "batch_size": 3, "eval_data": demos}
     trainer = build(model=tiny_gpt2(seed=8), teacher=str(folder), data=demos, output_dir=tmp_path / "run", **options)
     before = trainer.evaluate()["eval_divergence"]
     metrics = trainer.train()

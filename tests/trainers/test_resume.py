@@ -16,7 +16,7 @@ import rlhf_fast as rf
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.run import Run
 
-KINDS = ("sft", "reward", "ppo", "grpo", "rrhf", "dpo", "dpo known", "distill", "distill own")
+KINDS = ("sft", "sft packed", "reward", "ppo", "grpo", "rrhf", "dpo", "dpo known", "distill", "distill own")
 MOMENTS = ("step", "during save", "after save")
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful")]
