@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast import dispatch
 from rlhf_fast.data import pad
 from rlhf_fast.models import accepts, evaluating
-from rlhf_fast.pretrained import unwrap
+from rlhf_fast.pretrained import silent, unwrap
 
 
 class Packed(NamedTuple):
@@ -58,7 +58,8 @@ def packed_logits(model: Any, packed: Packed) -> Tensor:
     Where no mask is given transformers tells the sequences from the positions: by a block-diagonal mask, or by
     flash-attn's kernels for sequences of different lengths.
     """
-    output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+    with silent():  # it warns of padding without a mask, which no sequence sees
+        output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
     logits: Tensor = output.logits
     return logits
 

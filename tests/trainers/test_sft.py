@@ -139,3 +139,11 @@ def test_packed_evaluation():
     for size in (2, 5):
         found = build(eval_data=DEMOS, batch_size=size, packing=True).evaluate()
         assert found["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_packed_run_says_nothing_of_padding(capfd):
+    from transformers.utils import logging
+
+    build(packing=True, max_length=40).train()
+    assert logging.get_verbosity() == logging.WARNING
+    assert capfd.readouterr() == ("", "")
