@@ -329,7 +329,7 @@ def test_ctrl_c_saves_and_exits_130(here):
 def test_help_lists_every_field_and_imports_no_transformers():
     code = (
         "import sys; from rlhf_fast.cli import main\n"
-        "for c in ('sft', 'reward', 'ppo', 'generate'):\n"
+        "for c in ('sft', 'reward', 'ppo', 'rrhf', 'dpo', 'distill', 'generate'):\n"
         "    try: main([c, '--help'])\n"
         "    except SystemExit as e: assert e.code == 0\n"
         "assert main(['--help']) == 0\n"
