@@ -5,6 +5,7 @@ Hinton et al. 2015; on the student's own samples Agarwal et al. 2024, "GKD", and
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import distill_loss, group_advantages
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
-from rlhf_fast.rewards import ask, check_scores, load_reward
+from rlhf_fast.rewards import RewardError, ask, check_scores, load_reward
 from rlhf_fast.trainers import checkpoint, learning, offline, online
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -41,6 +42,7 @@ class DistillConfig:
     kind: str = option("forward", "KL(teacher || student), the reverse, or the symmetric jsd", choices=DIVERGENCES)
     soft_temperature: float = option(1.0, "softens both distributions of the divergence", above=0.0)
     alpha: float = option(1.0, "weight of the divergence beside the reward", low=0.0)
+    skip_failed_rewards: bool = option(False, "leave out a batch on which the reward function raises, and count it")
     max_length: int | None = option(None, "longest given sequence in tokens; the context if absent", low=2)
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
     overlong: str = option("error", "a longer sequence stops the run, is cut (a prompt never) or is left out",
@@ -119,7 +121,7 @@ class DistillTrainer:
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
-        self.done = self.updates = 0
+        self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward
 
     def _tokenise(self, records: list[data.Record]) -> list[data.Example]:
         limits = {"max_length": self.max_length, "overlong": self.config.overlong}
@@ -147,7 +149,14 @@ class DistillTrainer:
         c = self.config
         total: dict[str, Tensor] = {}
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        parts, scores, stats = self.written(batch) if self.own else self.given(batch)
+        try:
+            parts, scores, stats = self.written(batch) if self.own else self.given(batch)
+        except RewardError as error:
+            if not c.skip_failed_rewards:
+                raise
+            warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
+            self.done, self.skipped = self.done + 1, self.skipped + 1
+            return {"skipped": float(self.skipped)}
         tokens = torch.stack([part.mask.sum() for part in parts]).sum()
         rows = torch.arange(len(batch), device=self.device).split([len(part.mask) for part in parts])
         advantages = None if scores is None else group_advantages(scores, torch.zeros_like(scores, dtype=torch.long))
@@ -163,7 +172,7 @@ class DistillTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done, self.updates = self.done + 1, self.updates + 1
-        return numbers | {"lr": rate}
+        return numbers | {"lr": rate} | ({"skipped": float(self.skipped)} if self.reward else {})
 
     def given(self, batch: list[data.Example]) -> tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]:
         """Given responses in parts for one forward pass each, and their scores ``[B]`` if there is a reward."""
@@ -236,13 +245,14 @@ class DistillTrainer:
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
         self.save_model(folder)
-        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.examples)
+        kept = {"step": self.done, "updates": self.updates, "skipped": self.skipped}
+        checkpoint.save_state(folder, self.optimizer, kept, self.examples)
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
         models.restore(self.model, folder)
-        numbers = checkpoint.load_state(folder, self.optimizer, self.examples)
-        self.done, self.updates = numbers["step"], numbers["updates"]
+        kept = checkpoint.load_state(folder, self.optimizer, self.examples)
+        self.done, self.updates, self.skipped = kept["step"], kept["updates"], kept["skipped"]
 
     def save_model(self, folder: Path) -> None:
         """Write the student and its tokenizer as ``save_pretrained`` does."""

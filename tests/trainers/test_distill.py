@@ -225,3 +225,19 @@ def test_a_head_may_have_rows_for_no_token(tmp_path):
     found = build(teacher=str(tmp_path)).step(build().examples)
     expected = build().step(build().examples)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_reward_that_raises_names_the_prompt_and_its_batch_can_be_skipped():
+    def reward(prompts, responses, **_):
+        return [1 / (len(p) - 3) for p in prompts]  # of "the"
+
+    trainer = build(reward=reward)
+    with pytest.raises(ValueError, match=r"the reward raised ZeroDivisionError.*prompt 2 of 4: 'the'"):
+        trainer.step(trainer.examples)
+    trainer = build(reward=reward, skip_failed_rewards=True)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.warns(UserWarning, match="step 1 is skipped: the reward raised ZeroDivisionError"):
+        assert trainer.step(trainer.examples) == {"skipped": 1.0}
+    assert (trainer.done, trainer.updates) == (1, 0)
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.model.state_dict().items())
+    assert trainer.step(trainer.examples[2:])["skipped"] == 1.0
