@@ -53,7 +53,8 @@ def sample_and_rank(
     Returns:
         A dict per prompt: ``prompt`` as the model reads it, ``responses``, ``scores``, and ``sources``, which says of
         each response who gave it first: sample, beam, other 1 … or human. Equal responses stand once, empty ones not at
-        all; a prompt without any is left out with a warning.
+        all; a prompt without any is left out with a warning. A response that was cut at ``max_new_tokens`` stands as
+        it is, and RRHF would learn that it ends there: leave room for the answers, or let the reward punish it.
 
     Raises:
         ValueError: what ``generate`` and ``diverse_beams`` raise; a score that is NaN or infinite, with its prompt;
