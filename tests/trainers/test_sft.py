@@ -144,6 +144,12 @@ def test_packed_evaluation():
 def test_a_packed_run_says_nothing_of_padding(capfd):
     from transformers.utils import logging
 
-    build(packing=True, max_length=40).train()
-    assert logging.get_verbosity() == logging.WARNING
+    logging.warning_once.cache_clear()
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        build(packing=True, max_length=40).train()
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(before)
     assert capfd.readouterr() == ("", "")
