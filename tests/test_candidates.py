@@ -127,3 +127,21 @@ def test_rrhf_from_its_own_samples_raises_the_reward(tmp_path):
         rf.RRHFTrainer(model, data=tmp_path / "ranked.jsonl", tokenizer=TOKENIZER, config=config).train()
     assert before < 0.1
     assert gold(model) > 0.6
+
+
+def test_conversations_and_a_model_from_a_folder(tmp_path):
+    """What comes out is read by RRHF as the tokens that the model saw, with its own answers behind them."""
+    chat = tiny_tokenizer(chat=True, bos=True)
+    tiny_gpt2(chat).save_pretrained(tmp_path)
+    chat.save_pretrained(tmp_path)
+    talk = [{"role": "user", "content": "is it good"}]
+    given = {"max_new_tokens": 5, "seed": 3}
+    found = rf.sample_and_rank(str(tmp_path), [{"prompt": talk}], length, 3, beams=2, **given)
+    written = rf.generate(str(tmp_path), [talk] * 3, **given)
+    assert found[0]["prompt"] == chat.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert {text for text in written if text.strip()} <= set(found[0]["responses"])
+    trainer = rf.RRHFTrainer(str(tmp_path), data=found, config=rf.RRHFConfig(quiet=True))
+    (prompt,) = rf.data.prompt_examples(rf.data.read_records([{"prompt": talk}]), chat)
+    (example,) = trainer.examples
+    assert all(ids[: example.prompt_length] == prompt.ids for ids in example.answers)
+    assert prompt.ids[0] == chat.bos_token_id
