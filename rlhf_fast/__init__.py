@@ -38,6 +38,10 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "DPOConfig": "rlhf_fast.trainers.dpo",
+    "DPOTrainer": "rlhf_fast.trainers.dpo",
+    "DistillConfig": "rlhf_fast.trainers.distill",
+    "DistillTrainer": "rlhf_fast.trainers.distill",
     "EvaluateConfig": "rlhf_fast.evaluation",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
@@ -48,11 +52,19 @@ _LAZY = {
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "PPOConfig": "rlhf_fast.trainers.ppo",
     "PPOTrainer": "rlhf_fast.trainers.ppo",
+    "RRHFConfig": "rlhf_fast.trainers.rrhf",
+    "RRHFTrainer": "rlhf_fast.trainers.rrhf",
+    "diverse_beams": "rlhf_fast.beams",
+    "sample_and_rank": "rlhf_fast.candidates",
 }
 
 __all__ = [
     "AdaptiveKL",
     "AdvantagesOutput",
+    "DPOConfig",
+    "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",
@@ -61,7 +73,9 @@ __all__ = [
     "PPOConfig",
     "PPOLossOutput",
     "PPOTrainer",
+    "RRHFConfig",
     "RRHFLossOutput",
+    "RRHFTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
@@ -69,6 +83,7 @@ __all__ = [
     "SampleOutput",
     "advantages",
     "distill_loss",
+    "diverse_beams",
     "dpo_loss",
     "evaluate",
     "gae",
@@ -84,6 +99,7 @@ __all__ = [
     "ranking_loss",
     "rrhf_loss",
     "sample",
+    "sample_and_rank",
     "shape_rewards",
     "whiten",
 ]

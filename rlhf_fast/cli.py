@@ -114,7 +114,7 @@ def train(name: str, sources: dict[str, Any], config: Any) -> None:
     resume, plan, folder = (sources.pop(source) for source in ("resume", "sweep", "output_dir"))
     if plan is None:
         check_folder(folder, run=resume)  # before the models are loaded
-    if "reward" in sources:
+    if sources.get("reward") is not None:
         sources["reward"] = reward_function(sources["reward"])
 
     def make(config: Any, folder: Any) -> Any:

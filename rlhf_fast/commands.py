@@ -6,7 +6,10 @@ COMMANDS = {
     "sft": "teach a language model from demonstrations",
     "reward": "train a reward model from pairs of answers",
     "ppo": "optimise a reward with PPO",
+    "rrhf": "learn from several answers to each prompt, ranked by their scores",
     "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
+    "dpo": "learn from pairs of answers, without a reward model",
+    "distill": "teach a student what a teacher predicts, and what a reward says of it",
     "evaluate": "answer prompts: reward, win rate, KL, BLEU, ROUGE, perplexity, lengths",
     "generate": "write responses to prompts",
     "doctor": "show which implementation serves each op, and the versions",
@@ -45,6 +48,14 @@ SOURCES: dict[str, Sources] = {
         "output_dir": ("a new folder for the run and its model", "runs/ppo"),
         "resume": RESUME,
     },
+    "rrhf": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "data": (f"answers with scores: {FILES}; prompt, responses and scores", ...),
+        "eval_data": ("held-out answers with scores", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/rrhf"),
+        "resume": RESUME,
+    },
     "grpo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
         "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
@@ -52,6 +63,26 @@ SOURCES: dict[str, Sources] = {
         "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/grpo"),
+        "resume": RESUME,
+    },
+    "dpo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
+        "reference": (f"the model to stay close to; the policy as it starts if absent: {MODEL}", None),
+        "eval_data": ("held-out pairs", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/dpo"),
+        "resume": RESUME,
+    },
+    "distill": {
+        "model": (f"the student to start from: {MODEL}", ...),
+        "teacher": (f"the model to learn from, with the student's vocabulary: {MODEL}", ...),
+        "data": (f"given responses: {FILES}; text, prompt and response, or messages", None),
+        "prompts": (f"prompts that the student answers itself, in place of data: {FILES}", None),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", None),
+        "eval_data": ("held-out responses", None),
+        "tokenizer": (f"another tokenizer than the student's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/distill"),
         "resume": RESUME,
     },
     "evaluate": {
@@ -75,9 +106,12 @@ SOURCES: dict[str, Sources] = {
 }
 #: command → its trainer in rlhf_fast/trainers/<command>.py; the config is named alike.
 TRAINERS = {
+    "distill": "DistillTrainer",
+    "dpo": "DPOTrainer",
     "grpo": "GRPOTrainer",
     "ppo": "PPOTrainer",
     "reward": "RewardTrainer",
+    "rrhf": "RRHFTrainer",
     "sft": "SFTTrainer",
 }
 #: what a sentence about a missing package says to install.

@@ -16,7 +16,8 @@ import rlhf_fast as rf
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.run import Run
 
-KINDS, MOMENTS = ("sft", "reward", "ppo", "grpo"), ("step", "during save", "after save")
+KINDS = ("sft", "sft packed", "reward", "ppo", "grpo", "rrhf", "dpo", "dpo known", "distill", "distill own")
+MOMENTS = ("step", "during save", "after save")
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful")]
 
@@ -27,7 +28,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("killed_runs.py")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(root)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(script), str(root), *KINDS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return root, done.stdout.splitlines(), done.stderr
 
