@@ -18,7 +18,7 @@ from rlhf_fast.trainers.run import check_folder
 
 COMMANDS = {
     "sft": "teach a language model from demonstrations",
-    "reward": "train a reward model from pairs of answers",
+    "reward": "train a reward model from pairs, rankings, labelled answers or labelled steps",
     "ppo": "optimise a reward with PPO",
     "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
     "generate": "write responses to prompts",
@@ -40,8 +40,13 @@ SOURCES: dict[str, Sources] = {
     },
     "reward": {
         "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
-        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
-        "eval_data": ("held-out pairs", None),
+        "data": (
+            f"{FILES}; prompt with chosen and rejected, response and label, responses and scores, or steps and "
+            "labels: the columns say what is learned",
+            ...,
+        ),
+        "eval_data": ("held-out records of the same kind", None),
+        "calibration_data": ("records whose scores normalise moves to mean 0; data if absent", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/reward"),
         "resume": RESUME,

@@ -50,6 +50,7 @@ class Run:
         metrics.jsonl       one JSON object per step
         tensorboard/        the same numbers
         samples.jsonl       responses written during PPO
+        margins.jsonl       a histogram per evaluation of a reward model
         checkpoints/step-N  the last ``keep`` of them, each complete: it is renamed into place when all is written
         (the files of the final model, as ``save_pretrained`` names them)
     """
@@ -140,6 +141,7 @@ class Run:
 
         lines = _cut(self.folder / "metrics.jsonl", step)
         _cut(self.folder / "samples.jsonl", step)
+        _cut(self.folder / "margins.jsonl", step)
         for line in lines:
             self.metrics |= {name: value for name, value in line.items() if name not in ("step", "time")}
         self.before = lines[-1]["time"] if lines else 0.0
@@ -169,11 +171,16 @@ class Run:
         for name, value in stats.items():
             self.board.add_scalar(name, value, step)
 
+    def append(self, name: str, step: int, record: dict[str, Any]) -> None:
+        """Append a line to the file ``name``."""
+        if self.folder is not None:
+            with open(self.folder / name, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
     def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append ``{prompt, response, score}`` records to samples.jsonl and print them as a table."""
-        if self.folder is not None:
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        for sample in samples:
+            self.append("samples.jsonl", step, sample)
         if self.quiet:
             return
         from rich.console import Console

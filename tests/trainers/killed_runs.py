@@ -24,6 +24,7 @@ from rlhf_fast.trainers import checkpoint  # noqa: E402
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful", "not good")]
 PAIRS = [{"prompt": f"the {w}", "chosen": " was good", "rejected": " was awful"} for w in ("movie", "plot", "Bot")]
+STEPS = [{"prompt": f"the {w}", "steps": [" was", " good"], "labels": [None, i % 2]} for i, w in enumerate("abc")]
 PROMPTS = [{"prompt": f"the {w} was"} for w in ("movie", "plot", "bad", "good", "dull")]
 
 
@@ -40,6 +41,9 @@ def make(kind: str, folder: Path):
         return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind == "process":
+        config = rf.RewardConfig(epochs=3, normalise=True, eval_every=1, **numbers)
+        return rf.RewardTrainer(tiny_gpt2(), data=STEPS, eval_data=STEPS, config=config, **common)
     if kind == "grpo":
         config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
         return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
@@ -89,7 +93,7 @@ def forked(*task) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     make("ppo", None)  # transformers imports its parts when they are first used
-    for kind in ("sft", "reward", "ppo", "grpo"):
+    for kind in ("sft", "reward", "process", "ppo", "grpo"):
         print(kind, "whole", forked(kind, root / f"{kind} whole", "never"))
         for moment in ("step", "during save", "after save"):
             folder = root / f"{kind} {moment}"
