@@ -33,7 +33,7 @@ wheel: $(VENV)/ready
 	ls -l dist
 
 # On a machine with a GPU: no network, no virtual environment, the Python that has torch. Ends within ten minutes, with a
-# table. STEPS="build tests" runs those alone.
+# table. STEPS="build kernels" runs those alone.
 gpu-check:
 	$(PYTHON) -u benchmarks/gpu_check.py $(STEPS)
 

@@ -1,4 +1,5 @@
-"""Everything that only a GPU can tell, in one go: build, test suite, compute-sanitizer, benchmarks. Ends with a table.
+"""Everything that only a GPU can tell, in one go: build, test suite, compute-sanitizer, benchmarks. Ends with two
+tables, of the steps and of the goals that the benchmarks measured.
 
 ``python benchmarks/gpu_check.py [STEP ...]`` runs the steps whose names begin with one of those given, by default all.
 Needs no network. Every step has a time limit and all of them together another one, so that the table comes in any case.
@@ -18,12 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from harness import RESULTS, table
+from record import REST, RESULTS, known, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 560.0  # seconds for everything
 GRACE = 10.0  # seconds that a step over its limit has to say so
-ONCE = "hand_computed or packed or strided or masked"  # the tests of every op that compute-sanitizer looks into
 #: compute-sanitizer sees past the end of a tensor only if tensors do not share an allocation.
 SEPARATE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -49,44 +49,52 @@ def build() -> Step:
     return Step("build", pip, 150, environment={"RLHF_FAST_CUDA_ARCHS": architecture})
 
 
-def tests() -> Step:
-    """The whole suite, a file at a time on several processes where pytest-xdist is there."""
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=10", "--color=no"]
-    if find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+def pytest(name: str, limit: float, *arguments: str) -> Step:
+    """Some of the suite, a file at a time on several processes, where a test that hangs ends its own process alone.
+
+    It may wait for a GPU and then hears no signal, so that the watcher must be a thread, which can but end the process.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "--color=no"]
+    several = find_spec("xdist") is not None
+    if several:
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadfile", "--max-worker-restart", "20"]
     if find_spec("pytest_timeout"):
-        command += ["--timeout", "120"]
-    return Step("tests", command, 240)
+        command += ["--timeout", "100", "--timeout-method", "thread" if several else "signal"]
+    return Step(name, [*command, *arguments], limit)
 
 
 def sanitizers() -> list[Step]:
-    """compute-sanitizer over a few tests of every CUDA and Triton kernel."""
+    """compute-sanitizer over every CUDA and Triton kernel in every variant of the table of calls, once and small."""
     tool_path = shutil.which("compute-sanitizer")
     absent = "" if tool_path else "compute-sanitizer is not installed"
     found = []
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = [tool_path or "", "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
         if tool == "memcheck":  # PyTorch asks CUDA things that it may refuse; a kernel's launch checks its own errors
             command += ["--report-api-errors", "no"]
-        command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops"]
-        command += ["-k", f"(cuda-cuda or triton-cuda) and ({ONCE})"]
-        found.append(Step(f"sanitizer {tool}", command, 100, absent, SEPARATE))
+        command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+        command += ["-k", "agrees and small and (cuda or triton)"]
+        found.append(Step(f"sanitizer {tool}", command, 75, absent, SEPARATE))
     return found
 
 
 def benches() -> list[Step]:
     """Every benchmark, on the GPU alone."""
     paths = sorted(Path(__file__).parent.glob("bench_*.py"))
-    return [Step(path.stem, [sys.executable, "-u", str(path), "cuda"], 90) for path in paths]
+    return [Step(path.stem, [sys.executable, "-u", str(path), "cuda"], 65) for path in paths]
 
 
 def steps() -> list[Step]:
-    """All steps in their order."""
-    needs_gpu = [*sanitizers(), *benches()]
+    """All steps, what is known least first: the kernels on a GPU, their memory, races and speed, then the rest."""
+    memcheck, racecheck, *other_checks = sanitizers()
+    needs_gpu = [memcheck, racecheck, *benches(), *other_checks]
     if not torch.cuda.is_available():
         for step in needs_gpu:
             step.left_out = "no GPU"
-    return [build(), tests(), *needs_gpu]
+    kernels = ["tests/test_gpu.py", "tests/ops", "tests/test_gpu_trainers.py", "tests/test_choices.py"]
+    others = [f"--ignore={path}" for path in kernels if path != "tests/ops"]  # these on the CPU too
+    first = pytest("kernels", 150, *kernels, "-k", "not simt and not cpp-cpu and not reference-cpu")
+    return [build(), first, *needs_gpu[:-2], pytest("others", 150, *others), *needs_gpu[-2:]]
 
 
 def search_path() -> str:
@@ -113,6 +121,17 @@ def run(step: Step, limit: float) -> str:
     return f"exit {status}" if status else "ok"
 
 
+def goals_of(results: dict[str, str]) -> list[dict]:
+    """A row per goal that the benchmarks among the steps of ``results`` wrote down, to the end or until interrupted."""
+    records, found = known("cuda") if torch.cuda.is_available() else {}, []
+    for op, record in records.items():
+        result = results.get(f"bench_{op}", "")
+        if result == "ok" or (result.startswith("over") and REST in record["notes"]):
+            found += record["goals"]
+    ordered = sorted(found, key=lambda goal: int(goal["goal"][1:]))
+    return [goal | {"met": "✓" if goal["met"] else "✗"} for goal in ordered]
+
+
 def main() -> int:
     """Run the steps, print the table; 1 if one failed."""
     began, rows, wanted = time.monotonic(), [], tuple(sys.argv[1:])
@@ -131,6 +150,8 @@ def main() -> int:
         rows.append({"step": step.name, "result": result, "s": int(time.monotonic() - start)})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     table(f"gpu-check on {device}, torch {torch.__version__}; figures in {RESULTS.relative_to(ROOT)}", rows)
+    if goals := goals_of({row["step"]: row["result"] for row in rows}):
+        table("goals (a ✗ is a figure, not a failure)", goals)
     return 0 if all(row["result"] == "ok" or row["result"].startswith("left out") for row in rows) else 1
 
 

@@ -1,17 +1,43 @@
 """Timing that holds on a shared machine: candidates take turns, medians are compared, ratios come from one run."""
 
 import gc
-import json
+import itertools
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+#: Below this a call on a GPU costs the host more than the device: it is measured in a CUDA graph too.
+SHORT = 1e-3
+#: On a GPU the reductions of the compiled peers are tuned too. (No graphs: they would copy the inputs.)
+TUNED = {"mode": "max-autotune-no-cudagraphs"}
+
+
+@dataclass
+class Case:
+    """One row: a shape, what must move through memory for it, and who takes part.
+
+    ``inputs`` are sets of arguments of one shape, taken in turn so that on a GPU none of them is in its L2. ``peers``
+    take the same arguments as ``ours``. ``floors`` are what ours is compared with the other way round: a copy, a read.
+    """
+
+    name: str
+    bytes: int
+    inputs: list[tuple]
+    ours: Callable
+    peers: dict[str, Callable]
+    floors: dict[str, Callable] = field(default_factory=dict)
+    agrees: Callable[[object, object], bool] = lambda ours, theirs: True
+    forward: Callable | None = None  # of a case with a backward: the forward alone, to count its launches
+    gradient: int = 0  # bytes that ours leaves behind, which it cannot do without
 
 
 def synchronize(device: str) -> None:
@@ -26,6 +52,57 @@ def devices() -> list[str]:
     return [name for name in found if name in sys.argv[1:]] if sys.argv[1:] else found
 
 
+def device_name(device: str) -> str:
+    """The name under which results of this machine are kept."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x{torch.get_num_threads()}"
+
+
+def compiled(function: Callable, device: str) -> Callable:
+    """``torch.compile`` at its best setting for one shape; anew each time, for it gives up a function after eight."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, **(TUNED if device == "cuda" else {}))
+
+
+def package_or_formula(name: str, distribution: str, load: Callable, formula: Callable | None, notes: dict) -> dict:
+    """Label → function of one peer: what ``load`` imports, labelled with its version, else ``formula``, said to be one.
+
+    Why a package that is installed is not used, or why a peer without a formula is missing, goes to ``notes``.
+    """
+    try:
+        version = metadata.version(distribution)
+        return {f"{name} {version}": load()}
+    except metadata.PackageNotFoundError:
+        why = "not installed"
+    except Exception as error:  # a peer may fail in any way; that is its row's business alone
+        why = sentence(error)
+    if formula is None:
+        notes[name] = why
+        return {}
+    if why != "not installed":
+        notes[name] = f"its formula is measured, for {why}"
+    return {f"{name}'s formula": formula}
+
+
+def sentence(error: Exception) -> str:
+    """The first line of an error, short."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:110] if lines else ''}"
+
+
+def sets(make: Callable[[], tuple], device: str, *, at_least: int = 1) -> list[tuple]:
+    """Enough sets of arguments that they do not fit a GPU's L2 twice; one on a CPU, whose goals are set for that."""
+    found = [make() for _ in range(at_least)]
+    if device == "cuda":
+        size = sum(t.nbytes for t in found[0] if isinstance(t, torch.Tensor))
+        enough = 2 * torch.cuda.get_device_properties(0).L2_cache_size // max(size, 1) + 1
+        found += [make() for _ in range(min(enough, 256) - len(found))]
+    return found
+
+
 def interleave(
     candidates: dict[str, Callable], *, device: str = "cpu", seconds: float | None = None
 ) -> dict[str, float]:
@@ -33,10 +110,10 @@ def interleave(
 
     A fast candidate is repeated for about 3 ms within a round, so that what the one before it left in the caches and in
     the allocator is not all that is measured. ``seconds`` is the time for each candidate, after two calls to warm up:
-    by default 2 on a CPU, which it shares, and 0.5 on a GPU, which it does not.
+    by default 1 on a CPU, which it shares, and 0.15 on a GPU, which it does not.
     """
     if seconds is None:
-        seconds = 2.0 if device == "cpu" else 0.5
+        seconds = 1.0 if device == "cpu" else 0.15
     repeats, rounds = {}, 3
     for name, call in candidates.items():
         call()
@@ -66,38 +143,154 @@ def interleave(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def device_name(device: str) -> str:
-    """The name under which results of this machine are kept."""
+def turning(call: Callable, inputs: Sequence[tuple]) -> Callable[[], object]:
+    """``call`` on the next set of ``inputs`` each time."""
+    following = itertools.cycle(inputs)
+    return lambda: call(*next(following))
+
+
+def able(case: Case, device: str, notes: dict[str, str]) -> dict[str, Callable]:
+    """The peers that run on this machine and agree with ours; why the others do not goes to ``notes``."""
+    found, expected = {}, case.ours(*case.inputs[0])
+    for name, call in case.peers.items():
+        try:
+            result = call(*case.inputs[0])
+            synchronize(device)
+            if case.agrees(expected, result):
+                found[name] = call
+            else:
+                notes[f"{name}, {case.name}"] = "computes something else"
+        except Exception as error:
+            notes[f"{name}, {case.name}"] = sentence(error)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def measure(case: Case, device: str, notes: dict[str, str]) -> dict:
+    """The row of one case."""
+    peers = able(case, device, notes)
+    everyone = {"ours": case.ours, **peers, **{f"floor {name}": call for name, call in case.floors.items()}}
+    times = interleave({name: turning(call, case.inputs) for name, call in everyone.items()}, device=device)
+    ours = times["ours"]
+    row = {"case": case.name, "us": ours * 1e6}
+    facts: dict = {}
     if device == "cuda":
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x{torch.get_num_threads()}"
+        facts = on_gpu(case, row, short=ours < SHORT)
+        ours = row.get("graph us", row["us"]) / 1e6
+        if "graph us" in row and "compile" in peers:
+            with suppress(RuntimeError):  # a peer that a graph cannot capture has no figure there
+                row["compile, graph"] = graph_seconds(peers["compile"], case.inputs) * 1e6 / row["graph us"]
+    speed = case.bytes / ours / 1e9
+    row |= {"GB/s": speed, "% copy": 100 * speed / copy_bandwidth(device)}
+    if device == "cuda":
+        row["% read"] = 100 * speed / read_bandwidth()
+    for name, call in case.floors.items():
+        in_graph = "graph us" in row
+        row[f"/ {name}"] = ours / (graph_seconds(call, case.inputs) if in_graph else times[f"floor {name}"])
+    peaks = [peak_bytes(turning(case.ours, case.inputs), device) for _ in range(3)]
+    peak = None if None in peaks else max(peaks)
+    row["peak MiB"] = None if peak is None else peak / 2**20
+    if case.gradient and peak is not None:
+        row["peak / gradient"] = peak / case.gradient
+    return row | facts | {"ratios": {name: times[name] / times["ours"] for name in peers}}
 
 
-def table(title: str, rows: list[dict]) -> None:
-    """Print ``rows`` as a table; the first row's keys are the columns."""
-    print(f"\n{title}")
-    columns = list(rows[0])
-    cells = [[_cell(row.get(c, "")) for c in columns] for row in rows]
-    widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
-    for row in [columns, *cells]:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))))
+def on_gpu(case: Case, row: dict, *, short: bool) -> dict:
+    """What a profiler and a CUDA graph say of ours; a ``short`` call's time in a graph goes to ``row``."""
+    call = turning(case.ours, case.inputs)
+    facts = {"launches": launches(turning(case.forward or case.ours, case.inputs))}
+    if case.forward:
+        facts["with backward"] = launches(call)
+    facts |= {"syncs": host_syncs(call), "captured": 1}
+    try:
+        seconds = graph_seconds(case.ours, case.inputs if short else case.inputs[:1])
+        if short:
+            row["graph us"] = seconds * 1e6
+    except RuntimeError:
+        facts["captured"] = 0
+    return facts
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+@cache
+def copy_bandwidth(device: str) -> float:
+    """GB/s, reads and writes counted, of a copy between tensors larger than any cache, of random data."""
+    source = _large(device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / interleave({"copy": lambda: target.copy_(source)}, device=device)["copy"] / 1e9
 
 
-def save(op: str, device: str, rows: list[dict]) -> Path:
-    """Put the rows of ``op`` into results/<device>.json beside those of the other ops."""
-    name = device_name(device)
-    path = RESULTS / ("".join(c if c.isalnum() else "-" for c in name.lower()).strip("-") + ".json")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if "triton" in sys.modules:
-        versions["triton"] = sys.modules["triton"].__version__
-    known |= {"device": name, op: {"versions": versions, "rows": rows}}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(known, indent=1) + "\n")
-    return path
+@cache
+def read_bandwidth() -> float:
+    """GB/s of the fastest pass over a large tensor that PyTorch has on this GPU, or of the copy if that is faster."""
+    source = _large("cuda")
+    passes = {"sum": source.sum, "amax": source.amax, "norm": source.norm}
+    times = interleave(passes, device="cuda")
+    return max(copy_bandwidth("cuda"), source.nbytes / min(times.values()) / 1e9)
+
+
+def _large(device: str) -> torch.Tensor:
+    """Random float32, 256 MiB on a CPU and 1 GiB on a GPU: many times their largest caches."""
+    return torch.randn(2**26 if device == "cpu" else 2**28, device=device)
+
+
+def graph_seconds(call: Callable, inputs: Sequence[tuple]) -> float:
+    """Seconds per call when a round over the inputs is one CUDA graph: the device's share, without the host's."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # a graph wants what it captures to have run on a side stream
+        for given in inputs[:3]:
+            call(*given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in inputs:
+            call(*given)
+    times = interleave({"replay": graph.replay}, device="cuda")
+    return times["replay"] / len(inputs)
+
+
+def launches(call: Callable) -> int:
+    """How many kernels, copies and fills one call starts on the GPU; 0 where the profiler sees none."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(on_gpu)
+
+
+def host_syncs(call: Callable) -> int:
+    """0 if one call waits nowhere for the GPU, else 1."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return 0
+
+
+def peak_bytes(call: Callable, device: str) -> int | None:
+    """How far memory rises while ``call`` runs; None where Linux does not let the mark be reset."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before

@@ -12,19 +12,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import torch
 from row_calls import ROW_CALLS
+from token_calls import TOKEN_CALLS
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
 ARCHITECTURES = (80, 90, 100, 120)
+SEEN = 90  # the architecture whose machine code is read: a vector access is one on all of them or on none
 LENGTHS = (1000, 1, 16, 33, 4096)  # each variant must compile once for all of them
 #: In PTX, from a label to where it goes back there.
 LOOP = r"^(\$L__BB\w+):(.*?bra\S*\s+\1;)"
@@ -32,7 +32,10 @@ NVCC_FLAGS = ["-cubin", "-std=c++17", "-O3", "-Xptxas=-warn-spills,-Werror", f"-
 
 
 class Resources(NamedTuple):
-    """What one kernel takes; ``stack`` and ``local`` are bytes per thread and are not 0 where registers spill."""
+    """What one kernel takes; ``stack`` and ``local`` are bytes per thread and are not 0 where registers spill.
+
+    ``load`` and ``store``: bytes of a thread's widest access of global memory, 0 for none and on what is not SEEN.
+    """
 
     kernel: str
     architecture: int
@@ -40,87 +43,14 @@ class Resources(NamedTuple):
     shared: int
     stack: int
     local: int
-    load: int = 0  # of a Triton kernel: bytes of the widest load in its loops
-    scan: str = ""  # the layouts of its scans, which decide their bits
-
-
-def gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
-    """Arguments of the Triton function ``gae``: packed and bootstrapped with ``offsets``, else padded."""
-    shape = (4, length) if offsets is None else (4 * length,)
-    rewards, values, advantages, returns = (torch.empty(shape, dtype=dtype) for _ in range(4))
-    cu_seqlens = None if offsets is None else torch.empty(5, dtype=offsets)
-    last_values = None if offsets is None else torch.empty(4, dtype=dtype)
-    mask = torch.empty(shape, dtype=torch.bool)
-    return [rewards, values, mask, last_values, cu_seqlens, 0.99, 0.95, holes, advantages, returns]
-
-
-def long_gae_call(dtype: torch.dtype, holes: str, offsets: torch.dtype | None, length: int) -> list:
-    """Few and long sequences, which are split."""
-    return gae_call(dtype, holes, offsets, 8192 + length)
-
-
-def ppo_loss_call(dtype: torch.dtype, given: str, kl: str, aggregate: str, strided: bool, length: int) -> list:
-    """Arguments of the Triton function ``ppo_loss``; ``given`` has a letter for each optional tensor that is there."""
-
-    def make(dtype: torch.dtype = dtype, *, strided: bool = strided) -> torch.Tensor:
-        return torch.empty((4, length, 2), dtype=dtype)[..., 0] if strided else torch.empty((4, length), dtype=dtype)
-
-    tensors = [make(), make(), make(), make(torch.bool)]
-    tensors += [make() if letter in given else None for letter in "vorek"]  # values, old, returns, entropy, ref
-    scalar = torch.ones((), dtype=dtype)
-    numbers = [0.2, 0.3, 0.2, 0.1, 0.01, 0.1, kl, None, 20.0, aggregate]
-    outputs = [torch.empty((), dtype=dtype), torch.empty(9, dtype=dtype)]
-    outputs += [make(strided=False) for _ in range(3)]
-    return [*tensors, scalar if "d" in given else None, *numbers, *outputs]
-
-
-def ppo_loss_backward_call(dtype: torch.dtype, given: str, strided: bool, length: int) -> list:
-    """Arguments of the Triton function ``ppo_loss_backward``."""
-    *_, logprobs, values, entropy = ppo_loss_call(dtype, given, "k1", "token_mean", strided, length)
-    made = [
-        g if name in "l" + given else g.new_empty(0) for name, g in zip("lve", (logprobs, values, entropy), strict=True)
-    ]
-    grads = [torch.empty(*g.shape, 2, dtype=dtype)[..., 0] if strided else torch.empty_like(g) for g in made]
-    return [torch.ones((), dtype=dtype), *grads, *made]
+    load: int = 0
+    store: int = 0
+    loop: int = 0  # of a Triton kernel: bytes of the widest load in its loops, which the address of a row decides
+    scan: str = ""  # of a Triton kernel: the layouts of its scans, which decide their bits
 
 
 #: Triton op → name of a variant → its arguments at a length: every combination that compiles to something of its own.
-TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {
-    "gae": {
-        f"{str(dtype).removeprefix('torch.')} {holes} {layout}": partial(gae_call, dtype, holes, offsets)
-        for dtype, holes, layout, offsets in (
-            (torch.float32, "skip", "padded", None),
-            (torch.float32, "zero", "padded", None),
-            (torch.float32, "skip", "packed int32", torch.int32),
-            (torch.float64, "skip", "packed int64", torch.int64),
-            (torch.float64, "zero", "padded", None),
-        )
-    }
-    | {
-        "float32 skip long": partial(long_gae_call, torch.float32, "skip", None),
-        "float32 zero long packed": partial(long_gae_call, torch.float32, "zero", torch.int64),
-    },
-    **ROW_CALLS,
-    "ppo_loss": {
-        f"{str(dtype).removeprefix('torch.')} {name}": partial(ppo_loss_call, dtype, given, kl, aggregate, strided)
-        for dtype, name, given, kl, aggregate, strided in (
-            (torch.float32, "policy", "", "k1", "token_mean", False),
-            (torch.float32, "value", "vor", "k1", "token_mean", False),
-            (torch.float32, "all k3", "vorekd", "k3", "token_sum", False),
-            (torch.float32, "all k2 seq", "vorek", "k2", "seq_mean_token_mean", False),
-            (torch.float32, "all abs strided", "vorekd", "abs", "seq_mean_token_sum", True),
-            (torch.float64, "all k3 strided", "vorek", "k3", "seq_mean_token_mean", True),
-        )
-    },
-    "ppo_loss_backward": {
-        f"{str(dtype).removeprefix('torch.')} {name} backward": partial(ppo_loss_backward_call, dtype, given, strided)
-        for dtype, name, given, strided in (
-            (torch.float32, "policy", "", False),
-            (torch.float32, "all", "ve", False),
-            (torch.float64, "all strided", "ve", True),
-        )
-    },
-}
+TRITON_CALLS: dict[str, dict[str, Callable[[int], list]]] = {**TOKEN_CALLS, **ROW_CALLS}
 
 
 def nvidia_tool(name: str) -> str:
@@ -135,16 +65,28 @@ def nvidia_tool(name: str) -> str:
 
 def read_cubin(cubin: Path, architecture: int) -> list[tuple[str, Resources]]:
     """The kernels of a cubin, by their mangled names."""
-    report = subprocess.run(
-        [nvidia_tool("cuobjdump"), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-    ).stdout
+
+    def dump(what: str) -> list[tuple[str, str]]:
+        command = [nvidia_tool("cuobjdump"), what, cubin]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.split(r"^\s*Function *:? *([^\s:]+):?\n", report, flags=re.MULTILINE)[1:]
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    code = dict(dump("-sass")) if architecture == SEEN else {}
     found = []
-    for name, line in re.findall(r"Function (\S+):\s*\n(.*)", report):
+    for name, line in dump("--dump-resource-usage"):
         number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        found.append(
-            (name, Resources(name, architecture, number["REG"], number["SHARED"], number["STACK"], number["LOCAL"]))
-        )
+        used = number["REG"], number["SHARED"], number["STACK"], number["LOCAL"]
+        widths = [widest(code.get(name, ""), words) for words in ("LDG|LDGSTS|LD", "STG|ST")]
+        found.append((name, Resources(name, architecture, *used, *widths)))
     return found
+
+
+def widest(code: str, instructions: str) -> int:
+    """Bytes of the widest of these instructions, ``LDG.E.128.CONSTANT`` for one; 0 if there is none."""
+    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    found = re.findall(rf"\b(?:{instructions})((?:\.\w+)*) ", code)
+    return max((next((bits[w] for w in words.split(".") if w in bits), 32) for words in found), default=0) // 8
 
 
 class CompileOnly:
@@ -198,7 +140,7 @@ def measured(kernel, variant: str, architecture: int) -> Resources:
     scan = "; ".join(sorted({layouts[name] for name in scans}))
     loops = " ".join(body for _, body in re.findall(LOOP, kernel.asm["ptx"], re.DOTALL | re.MULTILINE))
     loads = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", loops)]
-    resources = resources._replace(shared=kernel.metadata.shared, load=max(loads, default=0), scan=scan)
+    resources = resources._replace(shared=kernel.metadata.shared, loop=max(loads, default=0), scan=scan)
     return resources._replace(kernel=f"{name}, {variant}")
 
 
@@ -240,11 +182,12 @@ def section(compiler: str, version: str, rows: list[Resources]) -> str:
     kernels: dict[str, dict[int, Resources]] = {}
     for row in rows:
         kernels.setdefault(row.kernel, {})[row.architecture] = row
-    head = "| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | spills |\n"
-    lines = [f"## {compiler} {version}\n\n", head, "|---" * (len(ARCHITECTURES) + 2) + "|\n"]
+    head = "| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " | load / store | spills |\n"
+    lines = [f"## {compiler} {version}\n\n", head, "|---" * (len(ARCHITECTURES) + 3) + "|\n"]
     for kernel, by_architecture in sorted(kernels.items()):
         cells = [f"{by_architecture[a].registers} / {by_architecture[a].shared}" for a in ARCHITECTURES]
         spilled = sum(r.stack + r.local for r in by_architecture.values())
+        cells.append(f"{by_architecture[SEEN].load} / {by_architecture[SEEN].store}")
         lines.append(f"| `{kernel}` | {' | '.join(cells)} | {spilled} |\n")
     return "".join(lines)
 
@@ -255,8 +198,9 @@ def write_table(triton_rows: list[Resources], nvcc_rows: list[Resources]) -> str
 
     introduction = (
         "# Resources of the GPU kernels\n\n"
-        "Registers per thread / bytes of shared memory per block; spills: bytes of stack and local memory per thread,\n"
-        "over all architectures. Written by `python benchmarks/resources.py`, compared in `tests/test_aot.py`.\n\n"
+        "Registers per thread / bytes of shared memory per block. Load / store: bytes of a thread's widest access of\n"
+        f"global memory in the machine code of sm_{SEEN}. Spills: bytes of stack and local memory per thread over all\n"
+        "architectures. Written by `python benchmarks/resources.py`, compared in `tests/test_aot.py`.\n\n"
     )
     version = nvcc_version()
     assert version is not None, "the table needs nvcc"

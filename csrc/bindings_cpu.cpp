@@ -9,6 +9,7 @@ using no_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace rlhf_fast;
+  m.def("advantages", &cpu::advantages, no_gil());
   m.def("gae", &cpu::gae, no_gil());
   m.def("kl", &cpu::kl, no_gil());
   m.def("kl_backward", &cpu::kl_backward, no_gil());

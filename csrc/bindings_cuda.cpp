@@ -12,6 +12,10 @@ PYBIND11_MODULE(_cuda, m) {
   using namespace rlhf_fast;
   m.attr("toolkit") = RLHF_FAST_CUDA_VERSION;
   m.def("device_count", &cuda::device_count, no_gil());
+  m.def("advantages", &cuda::advantages, "scores"_a, "logprobs"_a, "ref_logprobs"_a, "values"_a, "mask"_a,
+        "last_values"_a, "price"_a, "kl_coef"_a, "kl"_a, "at"_a, "clip_scores"_a, "gamma"_a, "lam"_a, "holes"_a,
+        "whiten"_a, "shift_mean"_a, "unbiased"_a, "advantages"_a, "returns"_a, "rewards"_a, "scratch"_a, "device"_a = 0,
+        "stream"_a = 0, no_gil());
   m.def("gae", &cuda::gae, "rewards"_a, "values"_a, "mask"_a, "last_values"_a, "cu_seqlens"_a, "gamma"_a, "lam"_a,
         "holes"_a, "advantages"_a, "returns"_a, "device"_a = 0, "stream"_a = 0, no_gil());
   m.def("kl", &cuda::kl, "logits"_a, "ref_logits"_a, "ids"_a, "mask"_a, "temperature"_a, "kl"_a, "logprobs"_a,

@@ -26,12 +26,8 @@ inline void check_kl(const View& logits, const View& ref_logits, const View& ids
                      const View& lse, const View& ref_lse) {
   const RowChecks checks = check_row_pairs(logits, ref_logits, ids, mask, temperature);
   const Dtype dtype = float_result(logits, ref_logits);
-  checks.per_row(kl, "kl", dtype);
-  if (ids) checks.per_row(logprobs, "logprobs", dtype);
-  if (ids) checks.per_row(ref_logprobs, "ref_logprobs", dtype);
-  checks.per_row(entropy, "entropy", dtype);
-  checks.per_row(lse, "lse", dtype);
-  checks.per_row(ref_lse, "ref_lse", dtype);
+  checks.per_row({{kl, "kl"}, {entropy, "entropy"}, {lse, "lse"}, {ref_lse, "ref_lse"}}, dtype);
+  if (ids) checks.per_row({{logprobs, "logprobs"}, {ref_logprobs, "ref_logprobs"}}, dtype);
 }
 
 inline void check_kl_backward(const View& grad_kl, const View& grad_logprobs, const View& grad_entropy,
@@ -40,13 +36,9 @@ inline void check_kl_backward(const View& grad_kl, const View& grad_logprobs, co
                               double temperature, const View& grad) {
   const RowChecks checks = check_row_pairs(logits, ref_logits, ids, mask, temperature);
   const Dtype dtype = float_result(logits, ref_logits);
-  checks.per_row(grad_kl, "grad_kl", dtype);
+  checks.per_row({{grad_kl, "grad_kl"}, {grad_entropy, "grad_entropy"}}, dtype);
   if (ids) checks.per_row(grad_logprobs, "grad_logprobs", dtype);
-  checks.per_row(grad_entropy, "grad_entropy", dtype);
-  checks.per_row(kl, "kl", dtype);
-  checks.per_row(entropy, "entropy", dtype);
-  checks.per_row(lse, "lse", dtype);
-  checks.per_row(ref_lse, "ref_lse", dtype);
+  checks.per_row({{kl, "kl"}, {entropy, "entropy"}, {lse, "lse"}, {ref_lse, "ref_lse"}}, dtype);
   checks.like_logits(grad, "the gradient");
   checks.require(grad.dtype == logits.dtype, "the gradient must have the dtype of logits");
 }

@@ -22,10 +22,7 @@ inline RowChecks check_scaled_rows(const View& logits, const View& ids, const Vi
 inline void check_logprobs(const View& logits, const View& ids, const View& mask, double temperature,
                            std::optional<double> softcap, const View& logprobs, const View& entropy, const View& lse) {
   const RowChecks checks = check_scaled_rows(logits, ids, mask, temperature, softcap);
-  const Dtype dtype = float_result(logits);
-  checks.per_row(logprobs, "logprobs", dtype);
-  checks.per_row(entropy, "entropy", dtype);
-  checks.per_row(lse, "lse", dtype);
+  checks.per_row({{logprobs, "logprobs"}, {entropy, "entropy"}, {lse, "lse"}}, float_result(logits));
 }
 
 inline void check_logprobs_backward(const View& grad_logprobs, const View& grad_entropy, const View& grad_lse,
@@ -33,12 +30,12 @@ inline void check_logprobs_backward(const View& grad_logprobs, const View& grad_
                                     const View& mask, double temperature, std::optional<double> softcap,
                                     const View& grad) {
   const RowChecks checks = check_scaled_rows(logits, ids, mask, temperature, softcap);
-  const Dtype dtype = float_result(logits);
-  checks.per_row(grad_logprobs, "grad_logprobs", dtype);
-  checks.per_row(grad_entropy, "grad_entropy", dtype);
-  checks.per_row(grad_lse, "grad_lse", dtype);
-  checks.per_row(entropy, "entropy", dtype);
-  checks.per_row(lse, "lse", dtype);
+  checks.per_row({{grad_logprobs, "grad_logprobs"},
+                  {grad_entropy, "grad_entropy"},
+                  {grad_lse, "grad_lse"},
+                  {entropy, "entropy"},
+                  {lse, "lse"}},
+                 float_result(logits));
   checks.like_logits(grad, "the gradient");
   checks.require(grad.dtype == logits.dtype, "the gradient must have the dtype of logits");
 }

@@ -29,6 +29,10 @@ struct View {
 };
 
 namespace cpu {
+void advantages(View scores, View logprobs, View ref_logprobs, View values, View mask, View last_values, View price,
+                double kl_coef, const std::string& kl, const std::string& at, std::optional<double> clip_scores,
+                double gamma, double lam, const std::string& holes, bool whiten, bool shift_mean, bool unbiased,
+                View advantages, View returns, View rewards);
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns);
 void kl(View logits, View ref_logits, View ids, View mask, double temperature, View kl, View logprobs,
@@ -54,6 +58,10 @@ void sample(View logits, View seeds, View positions, View temperature, View top_
 
 namespace cuda {
 int device_count();  // 0 where there is no driver
+void advantages(View scores, View logprobs, View ref_logprobs, View values, View mask, View last_values, View price,
+                double kl_coef, const std::string& kl, const std::string& at, std::optional<double> clip_scores,
+                double gamma, double lam, const std::string& holes, bool whiten, bool shift_mean, bool unbiased,
+                View advantages, View returns, View rewards, View scratch, int device, uintptr_t stream);
 void gae(View rewards, View values, View mask, View last_values, View cu_seqlens, double gamma, double lam,
          const std::string& holes, View advantages, View returns, int device, uintptr_t stream);
 void kl(View logits, View ref_logits, View ids, View mask, double temperature, View kl, View logprobs,

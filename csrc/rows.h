@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -100,6 +101,13 @@ class RowChecks {
   void per_row(const View& view, const char* name, Dtype dtype) const {
     require(is_per_row(view), std::string(name) + " must be like logits without its last dimension");
     require(view.dtype == dtype, std::string(name) + " has a wrong dtype");
+  }
+  struct Named {
+    const View& view;
+    const char* name;
+  };
+  void per_row(std::initializer_list<Named> views, Dtype dtype) const {
+    for (const Named& v : views) per_row(v.view, v.name, dtype);
   }
   void choices(const View& ids, const View& mask) const {
     require(!ids || is_per_row(ids), "ids must be like logits without its last dimension");

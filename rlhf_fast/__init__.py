@@ -20,10 +20,12 @@ from rlhf_fast.losses import (
     whiten,
 )
 from rlhf_fast.ops import (
+    AdvantagesOutput,
     KLOutput,
     LogprobsOutput,
     PPOLossOutput,
     SampleOutput,
+    advantages,
     gae,
     kl,
     logprobs,
@@ -48,6 +50,7 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveKL",
+    "AdvantagesOutput",
     "GRPOConfig",
     "GRPOTrainer",
     "KLOutput",
@@ -61,6 +64,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "advantages",
     "distill_loss",
     "dpo_loss",
     "gae",

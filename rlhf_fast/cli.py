@@ -263,29 +263,43 @@ def generate(sources: dict[str, Any], config: GenerateConfig) -> None:
 
 
 def doctor() -> str:
-    """Versions, and op × device → the implementation that serves it and why the others do not."""
+    """Versions; every kernel of every op and whether it serves, waits or is absent; why they stand in that order."""
     from rlhf_fast import dispatch, ops  # noqa: F401 (importing the ops declares them)
     from rlhf_fast.trainers.run import versions
 
     cuda = dispatch.extension("_cuda")
-    rows = [("op", "device", "served by", "refused")]
-    for op in (name for name in dispatch.IMPLEMENTATIONS if not name.endswith("_backward")):
-        for device, candidates in dispatch.PREFERENCE.items():
-            chosen = dispatch.serving(op, device)
-            why = [f"{c}: {dispatch.ABSENT[op][c]}" for c in candidates if c in dispatch.ABSENT[op]]
-            why += [
-                f"{c}: {chosen} comes first" for c in candidates if c in dispatch.IMPLEMENTATIONS[op] and c != chosen
-            ]
-            note = " (unmeasured)" if device == "CUDA" and chosen != "reference" else ""
-            rows.append((op, device, chosen + note, "; ".join(why)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    table = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-    ]
     built = cuda if isinstance(cuda, str) else f"built with CUDA {cuda.toolkit}, sees {cuda.device_count()} device(s)"
     facts = [f"{package} {found}" for package, found in versions().items()]
-    facts += [f"CUDA driver: {dispatch.driver()}", f"CUDA extension: {built}"]
-    return "\n".join([*facts, "", *table])
+    facts += [f"CUDA driver: {dispatch.driver()}", f"CUDA extension: {built}", ""]
+    rows = [("op", "device", "kernel", "state")]
+    for op in dispatch.CHOICES:
+        for device in ("CPU", "CUDA"):
+            names = dispatch.candidates(op, device)
+            rows += [(op, device, name, kernel_state(op, device, name)) for name in names]
+            if dispatch.serving(op, device) == "reference":
+                rows.append((op, device, "reference", "serves: plain PyTorch"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    guesses = {op: choice for op, choice in dispatch.CHOICES.items() if not choice.measured}
+    why = ["", "unmeasured: no GPU has timed the two kernels yet; what speaks for the order:"] if guesses else []
+    why += [
+        f"{op.ljust(widths[0])}  {' before '.join(choice.order)}: {choice.argument}" for op, choice in guesses.items()
+    ]
+    return "\n".join([*facts, *table, *why])
+
+
+def kernel_state(op: str, device: str, name: str) -> str:
+    """Whether the kernel ``name`` of ``op`` serves ``device``, waits behind another or is absent."""
+    from rlhf_fast import dispatch
+
+    if name in dispatch.ABSENT[op]:
+        return f"absent: {dispatch.ABSENT[op][name]}"
+    first = dispatch.serving(op, device)
+    state = "serves" if first == name else f"ready, {first} comes first"
+    if device == "CPU":
+        return state
+    measured = dispatch.CHOICES[op].measured
+    return f"{state} (measured on {measured})" if measured else f"{state} (unmeasured)"
 
 
 if __name__ == "__main__":

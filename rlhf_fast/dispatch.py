@@ -4,7 +4,7 @@ PyTorch's own dispatcher makes the choice, by the device of the tensors. An op c
 these that this machine has:
 
     CPU     ``_cpu.gae``    (csrc/cpu/gae.cpp)
-    CUDA    ``_cuda.gae``   (kernels/cuda/gae.cu), then ``triton_kernels.gae.gae`` (kernels/triton/gae.py)
+    CUDA    ``_cuda.gae``   (kernels/cuda/gae.cu), ``triton_kernels.gae.gae`` (kernels/triton/gae.py), as CHOICES has it
     any     the reference, written in plain PyTorch beside the op (rlhf_fast/ops/gae.py)
 
 Calling convention of every kernel: the arguments of the op's schema in their order, then its outputs, already
@@ -14,11 +14,12 @@ allocated. A Triton kernel gets tensors; a compiled one gets ``(address, dtype c
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,31 @@ LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
 #: op → implementation → why this machine does not have it.
 ABSENT: dict[str, dict[str, str]] = {}
-#: Device → the kernels that serve it, best first.
-PREFERENCE = {"CPU": ("cpp",), "CUDA": ("cuda", "triton")}
+
+
+class Choice(NamedTuple):
+    """Which kernels may serve an op on a GPU, best first, and what says so."""
+
+    order: tuple[str, ...]
+    argument: str  # what speaks for this order before any GPU has spoken: bytes, launches
+    measured: str = ""  # the GPU of the results under benchmarks/results that say so; none yet where empty
+
+
+#: Op, with its backward → the choice. One order for all dtypes and sizes, for no argument here has a size or a dtype at
+#: which it turns around: the kernels of an op move the same bytes, and what differs is a constant per call.
+CHOICES = {
+    "advantages": Choice(
+        ("cuda", "triton"), "CUDA keeps a token in registers from scan to store, Triton loads it twice"
+    ),
+    "gae": Choice(("cuda", "triton"), "CUDA keeps a token in registers from scan to store, Triton loads it twice"),
+    "kl": Choice(("cuda", "triton"), "both read each logit once; a call of Triton's costs more host time"),
+    "logprobs": Choice(("cuda", "triton"), "both read each logit once; a call of Triton's costs more host time"),
+    "ppo_loss": Choice(
+        ("cuda", "triton"),
+        "launches decide below 1 M tokens: CUDA takes 2 or 3, Triton also PyTorch's sums of the mask",
+    ),
+    "sample": Choice(("cuda", "triton"), "a step of decoding is short, and a call of Triton's costs more host time"),
+}
 #: The dtype codes of csrc/ops.h.
 DTYPE_CODES = {
     torch.float32: 0,
@@ -76,10 +100,9 @@ def define(
             room = scratch if implementation == "cuda" else None
             bound = bind(op, fake, kernel, compiled=implementation != "triton", scratch=room)
             IMPLEMENTATIONS[name][implementation] = bound
-    for device, candidates in PREFERENCE.items():
-        best = next((IMPLEMENTATIONS[name][c] for c in candidates if c in IMPLEMENTATIONS[name]), None)
-        if best is not None:
-            LIBRARY.impl(name, best, device)
+    for device in ("CPU", "CUDA"):
+        if serving(name, device) != "reference":
+            LIBRARY.impl(name, IMPLEMENTATIONS[name][serving(name, device)], device)
     return op
 
 
@@ -93,11 +116,14 @@ def bind(op: Any, fake: Callable, kernel: Callable, *, compiled: bool, scratch: 
         given += outputs if isinstance(outputs, tuple) else (outputs,)
         if scratch is not None:
             given.append(scratch(*args, **kwargs))
+        device = args[0].device
         if not compiled:
-            kernel(*given)
+            with (
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            ):  # Triton launches on the current
+                kernel(*given)
             return outputs
         views = [_view(a) if isinstance(a, Tensor) else a for a in given]
-        device = args[0].device
         if device.type == "cuda":
             kernel(*views, device.index, torch.cuda.current_stream(device).cuda_stream)
         else:
@@ -142,9 +168,14 @@ def _autograd(op: Any, backward: Callable, setup_context: Callable | None) -> Ca
     return autograd
 
 
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """The kernels that may serve ``op`` on ``device`` ("CPU" or "CUDA"), best first."""
+    return ("cpp",) if device == "CPU" else CHOICES[op.removesuffix("_backward")].order
+
+
 def serving(op: str, device: str) -> str:
-    """The name of the implementation that serves ``op`` on ``device`` ("CPU" or "CUDA")."""
-    return next((c for c in PREFERENCE[device] if c in IMPLEMENTATIONS[op]), "reference")
+    """The name of the implementation that serves ``op`` on ``device``."""
+    return next((c for c in candidates(op, device) if c in IMPLEMENTATIONS[op]), "reference")
 
 
 def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:

@@ -20,11 +20,10 @@ from rlhf_fast.models import (
     sequence_scores,
     unwrap,
 )
+from rlhf_fast.ops.advantages import PLACES
 from rlhf_fast.ops.checks import FLOATS, check_choice, check_tensor
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.pretrained import is_scalar, read_config
-
-PLACES = ("last", "next")
 
 
 def shape_rewards(

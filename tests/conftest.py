@@ -12,9 +12,15 @@ if not GPU:
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 
-import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+if find_spec("hypothesis") is None:
+    import no_hypothesis
+
+    no_hypothesis.install()
+import hypothesis  # noqa: E402
 
 import rlhf_fast.ops  # noqa: E402, F401
 from rlhf_fast import dispatch  # noqa: E402
@@ -44,11 +50,12 @@ def forms(op: str) -> list[tuple[str, str]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """In tests/ops/test_<op>.py a test that takes ``run`` and ``device`` runs once per form of that op."""
+    """A test that takes ``run`` and ``device`` runs once per form of the op: of tests/ops/test_<op>.py, or marked."""
     if {"run", "device"} <= set(metafunc.fixturenames):
-        op = Path(metafunc.module.__file__).stem.removeprefix("test_")
-        cases = [((op, name), device) for name, device in forms(op)]
-        ids = [f"{name}-{device}" for name, device in forms(op)]
+        marked = metafunc.definition.get_closest_marker("ops")
+        ops = marked.args if marked else [Path(metafunc.module.__file__).stem.removeprefix("test_")]
+        cases = [((op, name), device) for op in ops for name, device in forms(op)]
+        ids = ["-".join([*([op] if marked else []), name, device]) for (op, name), device in cases]
         metafunc.parametrize(("run", "device"), cases, ids=ids, indirect=["run"])
 
 

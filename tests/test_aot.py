@@ -8,7 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 import resources
-from resources import ARCHITECTURES, ROOT, TABLE, Resources
+from resources import ARCHITECTURES, ROOT, SEEN, TABLE, Resources
+
+HALVES = ("rlhf_fast::cuda::bfloat16", "rlhf_fast::cuda::float16")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_rows_are_read_16_bytes_at_a_time_where_they_lie_so(triton_rows: list[Re
     widest = {}
     for row in triton_rows:
         if row.kernel.startswith(("kl", "logprobs")):
-            widest.setdefault(row.kernel.split()[-1], set()).add(row.load)
+            widest.setdefault(row.kernel.split()[-1], set()).add(row.loop)
     assert widest == {"even": {16}, "odd": {2, 4}}
 
 
@@ -70,9 +72,31 @@ def test_cuda_kernels_compile_without_spills(nvcc_rows: list[Resources]) -> None
     expect_no_spill(nvcc_rows)
 
 
+@pytest.mark.parametrize("op", ["logprobs", "kl"])
+def test_cuda_kernels_move_sixteen_bytes_at_a_time(nvcc_rows: list[Resources], op: str) -> None:
+    """Where logits lie side by side and aligned; the forward writes a few numbers per row, the backward a row."""
+    dtypes = {
+        "logprobs": [f"{t}, true, {cap}" for t in ("float", *HALVES) for cap in ("false", "true")],
+        "kl": [f"{t}, float" for t in ("float", *HALVES)],
+    }
+    seen = {row.kernel: row for row in nvcc_rows if row.architecture == SEEN}
+    for dtype in dtypes[op]:
+        assert seen[f"{op}_kernel<{dtype}>"].load == 16
+        backward = seen[f"{op}_backward_kernel<{dtype}>"]
+        assert (backward.load, backward.store) == (16, 16)
+
+
+def test_widest_access_of_a_listing() -> None:
+    code = "/*0*/ LDG.E.U16 R2, [R4] ; @P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ; LDS.128 R4 ; STG.E [R2], R4 ; "
+    assert resources.widest(code, "LDG|LD") == 16
+    assert resources.widest(code, "STG|ST") == 4
+    assert resources.widest(code, "LDGSTS") == 0
+    assert resources.widest("LDG.E.U16 R2, [R4] ;", "LDG|LD") == 2
+
+
 def test_scan_of_gae_has_one_layout(triton_rows: list[Resources]) -> None:
-    """Padded and packed rows have the same bits only if all variants are scanned in the same shape."""
-    scans = {row.scan for row in triton_rows if row.kernel.startswith("gae_") and row.scan}
+    """Padded and packed rows have the same bits only if all variants are scanned in the same shape; so advantages."""
+    scans = {row.scan for row in triton_rows if row.kernel.startswith(("gae_", "advantages_")) and row.scan}
     assert len(scans) == 1
     assert "sizePerThread = [1]" in scans.pop()
 

@@ -349,21 +349,38 @@ def test_help_lists_every_field_and_imports_no_transformers():
 
 
 def test_doctor(capsys):
+    from rlhf_fast import dispatch
+
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^CUDA driver: (absent|CUDA \d+\.\d+)$", shown, re.MULTILINE)
     assert f"torch {torch.__version__}" in shown
+    rows = [line.split(maxsplit=3) for line in shown.splitlines() if re.match(r"\w+ +(CPU|CUDA) ", line)]
+    states = {(op, device, kernel): state for op, device, kernel, state in rows}
+    for op in ("gae", "kl", "logprobs", "ppo_loss", "sample"):
+        for device, kernel in (("CPU", "cpp"), ("CUDA", "cuda"), ("CUDA", "triton")):
+            state = states[op, device, kernel]
+            absent = dispatch.ABSENT[op].get(kernel)
+            assert state.startswith("serves") == (dispatch.serving(op, device) == kernel)
+            assert (state == f"absent: {absent}") == (kernel not in dispatch.IMPLEMENTATIONS[op])
+            unmeasured = device == "CUDA" and absent is None and not dispatch.CHOICES[op].measured
+            assert ("(unmeasured)" in state) == unmeasured
+        for device in ("CPU", "CUDA"):
+            assert ((op, device, "reference") in states) == (dispatch.serving(op, device) == "reference")
+        assert (dispatch.CHOICES[op].argument in shown) == (not dispatch.CHOICES[op].measured)
+
+
+def test_doctor_names_the_gpu_that_measured(capsys, monkeypatch):
     from rlhf_fast import dispatch
 
-    rows = [line.split() for line in shown.splitlines() if line.startswith("gae ")]
-    assert [row[:2] for row in rows] == [["gae", "CPU"], ["gae", "CUDA"]]
-    for row in rows:
-        assert row[2] == dispatch.serving("gae", row[1])
-    for reason in dispatch.ABSENT["gae"].values():
-        assert reason in shown
-    assert ("(unmeasured)" in shown) == any(
-        dispatch.serving(o, "CUDA") != "reference" for o in dispatch.IMPLEMENTATIONS
-    )
+    monkeypatch.setitem(dispatch.CHOICES, "gae", dispatch.Choice(("triton", "cuda"), "an argument", "NVIDIA H1"))
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "gae", dict.fromkeys(("cpp", "cuda", "triton", "reference")))
+    monkeypatch.setitem(dispatch.ABSENT, "gae", {})
+    assert main(["doctor"]) == 0
+    shown = re.sub(" +", " ", capsys.readouterr().out)
+    assert "gae CUDA triton serves (measured on NVIDIA H1)" in shown
+    assert "gae CUDA cuda ready, triton comes first (measured on NVIDIA H1)" in shown
+    assert "an argument" not in shown
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -236,6 +236,21 @@ def test_gae_host_keeps_to_devices_that_exist() -> None:
     assert module.device_count() == 2
 
 
+@pytest.mark.parametrize("shape", [(3, CHUNK + 5), (1030, 3)])
+def test_advantages_in_every_order(shape: tuple[int, int]) -> None:
+    """Rows of more than a chunk, and more rows than each block puts together: the same bits in every order."""
+    arguments = problem(shape, 0.7)
+    refs, scores = torch.zeros(shape), torch.linspace(-1, 1, shape[0])
+    given = (scores, arguments["rewards"], refs, arguments["values"], arguments["mask"])
+    results = []
+    for seed in range(4):
+        build.set_order(build.cuda_module(), seed)
+        results.append(build.simt_implementation("advantages")(*given, kl_coef=0.1, kl="k3"))
+    build.set_order(build.cuda_module(), 0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_ppo_loss_in_every_order(aggregate: str) -> None:
     """More tokens than a block takes, with holes: the same bits whichever thread and block comes first."""

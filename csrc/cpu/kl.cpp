@@ -9,68 +9,10 @@
 #include "any_row.h"
 #include "choices.h"
 #include "pages.h"
-#include "tiles.h"
+#include "pairs.h"
 
 namespace rlhf_fast::cpu {
 namespace {
-
-// Of some logits z and w of the two models, m and n being their maxima.
-struct Pair {
-  Softmax policy;                             // of z
-  double ref_top = -infinity, ref_total = 0;  // n, sum of exp(w - n)
-  double cross = 0;                           // sum of exp(z - m) * ((z - m) - (w - n))
-  bool infinite = false;                      // a token that only the reference excludes
-
-  INLINE void lift(double to, double ref_to) {
-    const double shift = policy.total == 0 ? 0 : policy.top - to, ref_shift = ref_total == 0 ? 0 : ref_top - ref_to;
-    if (shift != ref_shift) cross += policy.total * (shift - ref_shift);
-    if (shift != 0) cross *= std::exp(shift);
-    policy.lift(to);
-    if (ref_shift != 0) ref_total *= std::exp(ref_shift);
-  }
-  INLINE void merge(Pair other) {
-    const double to = std::max(policy.top, other.policy.top), ref_to = std::max(ref_top, other.ref_top);
-    lift(to, ref_to), other.lift(to, ref_to);
-    policy.top = to, policy.total += other.policy.total, policy.dot += other.policy.dot;
-    ref_top = ref_to, ref_total += other.ref_total;
-    cross += other.cross;
-    infinite |= other.infinite;
-  }
-  double ref_lse() const { return (ref_total == 0 ? 0 : ref_top) + std::log(ref_total); }
-  double kl() const {
-    const double finite = cross / policy.total - std::log(policy.total) + std::log(ref_total);
-    return infinite ? finite + double(infinity) : finite;  // NaN stays
-  }
-};
-
-template <int L>
-INLINE Pair tile_pair(const float* z, const float* w, int64_t steps) {
-  using N = Lanes<L>;
-  const float top = tile_top<L>(z, steps), shift = top == -infinity ? 0 : top;
-  const float ref_top = tile_top<L>(w, steps), ref_shift = ref_top == -infinity ? 0 : ref_top;
-  const typename N::Floats low = N::fill(-1e30f), bound = N::bound();
-  typename N::Floats total[2] = {}, dot[2] = {}, ref_total[2] = {}, cross[2] = {};
-  typename N::Words infinite = {};
-  for (int64_t i = 0; i < steps; i++) {
-    for (int k = 0; k < step / L; k++) {
-      const auto a = N::load(z + i * step + k * L), b = N::load(w + i * step + k * L);
-      const auto d = N::clamp(a - shift, bound), e = N::exp_within(d);
-      const auto ref_d = b - ref_shift, f = N::exp(ref_d, bound);
-      total[k % 2] += e;
-      dot[k % 2] += e * d;
-      ref_total[k % 2] += f;
-      cross[k % 2] += e * (d - N::larger(low, ref_d));  // no 0 * inf
-      infinite |=
-          reinterpret_cast<typename N::Words>(b == -infinity) & reinterpret_cast<typename N::Words>(a != -infinity);
-    }
-  }
-  Pair pair{{top, N::sum(total[0] + total[1]), N::sum(dot[0] + dot[1])},
-            ref_top,
-            N::sum(ref_total[0] + ref_total[1]),
-            N::sum(cross[0] + cross[1])};
-  for (int i = 0; i < L; i++) pair.infinite |= infinite[i] != 0;
-  return pair;
-}
 
 struct PairResult {
   double kl, logprob, ref_logprob, entropy, lse, ref_lse;
@@ -85,13 +27,9 @@ PairResult result_of(const Pair& pair, bool chosen, double z, double w) {
 struct Forward {
   template <int L>
   static INLINE PairResult run(const AnyRow& row, const AnyRow& ref_row, int64_t id, const Scaling& scaling) {
-    alignas(64) float buffer[tile], ref_buffer[tile];
-    Pair pair;
-    for (int64_t at = 0; at < row.size; at += tile) {
-      const float* z = load_tile<L>(row, at, scaling, buffer);
-      const float* w = load_tile<L>(ref_row, at, scaling, ref_buffer);
-      pair.merge(tile_pair<L>(z, w, tile_steps(row.size, at)));
-    }
+    const Pair pair = typed(row, [&](const auto& r) __attribute__((always_inline)) {
+      return typed(ref_row, [&](const auto& q) __attribute__((always_inline)) { return row_pair<L>(r, q, scaling); });
+    });
     if (id < 0) return result_of(pair, false, 0, 0);
     return result_of(pair, true, load_one<L>(row, id, scaling), load_one<L>(ref_row, id, scaling));
   }

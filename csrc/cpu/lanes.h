@@ -32,18 +32,24 @@ struct Vectors<4> {
   typedef float Floats __attribute__((vector_size(16)));
   typedef uint32_t Words __attribute__((vector_size(16)));
   typedef uint16_t Halves __attribute__((vector_size(8)));
+  typedef float Few __attribute__((vector_size(8)));  // half as many
+  typedef double Doubles __attribute__((vector_size(16)));
 };
 template <>
 struct Vectors<8> {
   typedef float Floats __attribute__((vector_size(32)));
   typedef uint32_t Words __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(16)));
+  typedef float Few __attribute__((vector_size(16)));  // half as many
+  typedef double Doubles __attribute__((vector_size(32)));
 };
 template <>
 struct Vectors<16> {
   typedef float Floats __attribute__((vector_size(64)));
   typedef uint32_t Words __attribute__((vector_size(64)));
   typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef float Few __attribute__((vector_size(32)));  // half as many
+  typedef double Doubles __attribute__((vector_size(64)));
 };
 
 template <int L>
@@ -72,14 +78,27 @@ struct Lanes {
     std::memcpy(&x, from, sizeof x);
     return __builtin_convertvector(x, Words);
   }
-  // The even ones of 2 L, then the odd ones: where order does not matter, this saves the shuffles.
-  static INLINE void load_pairs(const bfloat16* from, Floats& even, Floats& odd) {
+  // 2 L where order does not matter: of bfloat16 the even ones, then the odd ones, which saves the shuffles.
+  static INLINE void load_two(const bfloat16* from, Floats& even, Floats& odd) {
     Words x;
     std::memcpy(&x, from, sizeof x);
     even = floats(x << 16), odd = floats(x & 0xffff0000u);
   }
+  template <class T>
+  static INLINE void load_two(const T* from, Floats& first, Floats& second) {
+    first = load(from), second = load(from + L);
+  }
   static INLINE Floats load(const bfloat16* from) { return floats(load_halves(from) << 16); }
   static INLINE Floats load(const float16* from) {
+#if defined(__x86_64__)
+    if constexpr (L >= 8) {  // the compiler does not know that the machine has it
+      Halves h;
+      Floats x;
+      std::memcpy(&h, from, sizeof h);
+      asm("vcvtph2ps %1, %0" : "=v"(x) : "vm"(h));
+      return x;
+    }
+#endif
     const Words h = load_halves(from), sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
     const Words scaled = words(floats(rest) * 0x1p112f);  // the exponents' biases differ by 112
     const Words special = rest | 0x7f800000u;             // infinity, NaN
@@ -97,6 +116,14 @@ struct Lanes {
     store_halves(to, (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   }
   static INLINE void store(float16* to, Floats x) {
+#if defined(__x86_64__)
+    if constexpr (L >= 8) {
+      Halves h;
+      asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(x));
+      std::memcpy(to, &h, sizeof h);
+      return;
+    }
+#endif
     const Words u = words(x), sign = u & 0x80000000u, rest = u ^ sign;
     const Words normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
     // Adding 0.5 leaves the 10 bits of a subnormal, rounded, at the end.
@@ -113,16 +140,23 @@ struct Lanes {
   static INLINE Floats exp(Floats x, Floats low) { return exp_within(clamp(x, low)); }
   static INLINE Floats clamp(Floats x, Floats low) { return larger(low, x); }
   static INLINE Floats bound() { return fill(lowest); }
-  static INLINE Floats exp_within(Floats x) {      // -88.03 <= x <= 88
+  static INLINE Floats exp_within(Floats x) {  // -88.03 <= x <= 88
+    const Floats all[] = {x};
+    Floats e[1];
+    exp_within(all, e);
+    return e[0];
+  }
+  template <int K>  // K of them, side by side: each step waits for the one before it
+  static INLINE void exp_within(const Floats (&x)[K], Floats (&e)[K]) {
     constexpr float to_integer = 0x1.8p23f + 127;  // adding it rounds, and leaves the exponent's bits at the end
     constexpr float per_log2 = 0x1.715476p0f;
-    const Floats t = x * per_log2 + to_integer, f = x * per_log2 - (t - to_integer);  // one rounding: fused
-    Floats p = f * 1.326445433e-03f + 9.671725462e-03f;
-    p = p * f + 5.550736323e-02f;
-    p = p * f + 2.402223883e-01f;
-    p = p * f + 6.931469752e-01f;
-    p = p * f + 1.0f;
-    return p * floats(words(t) << 23);
+    Floats t[K], f[K];
+    for (int k = 0; k < K; k++) t[k] = x[k] * per_log2 + to_integer;
+    for (int k = 0; k < K; k++) f[k] = x[k] * per_log2 - (t[k] - to_integer);  // one rounding: fused
+    for (int k = 0; k < K; k++) e[k] = f[k] * 1.326445433e-03f + 9.671725462e-03f;
+    for (const float c : {5.550736323e-02f, 2.402223883e-01f, 6.931469752e-01f, 1.0f})
+      for (int k = 0; k < K; k++) e[k] = e[k] * f[k] + c;
+    for (int k = 0; k < K; k++) e[k] *= floats(words(t[k]) << 23);
   }
 
   static INLINE Floats tanh(Floats x) {
@@ -140,10 +174,12 @@ struct Lanes {
 
   // Sum of the lanes, in a fixed tree.
   static INLINE double sum(Floats x) {
-    double y[L];
-    for (int i = 0; i < L; i++) y[i] = x[i];
-    for (int half = L / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) y[i] += y[i + half];
+    using Doubles = typename Vectors<L>::Doubles;
+    typename Vectors<L>::Few half[2];
+    std::memcpy(half, &x, sizeof x);
+    Doubles y = __builtin_convertvector(half[0], Doubles) + __builtin_convertvector(half[1], Doubles);
+    for (int rest = L / 4; rest > 0; rest /= 2)
+      for (int i = 0; i < rest; i++) y[i] += y[i + rest];
     return y[0];
   }
   static INLINE float maximum(Floats x) {

@@ -1,8 +1,8 @@
 // Chosen-token logprob, entropy and logsumexp of every row of logits, and their gradient, on the CPU.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Forward: a tile stays in the L1 cache between its maximum and its sums, while the next one is on its way: memory is
-// read once. Backward: one read and one write.
+// Forward: one read; a tile that rises far above those before it is summed again while it is in the L1 cache. Backward:
+// one read and one write.
 #include "../logprobs.h"
 
 #include <omp.h>
@@ -25,10 +25,9 @@ struct Forward {
   static INLINE RowResult run(const Row<T>& given, int64_t id, const Scaling& given_scaling) {
     const Row<T> row = given;  // locals that no store can alias
     const Scaling scaling = given_scaling;
-    alignas(64) float buffer[tile];
-    Softmax softmax;
-    for (int64_t at = 0; at < row.size; at += tile)
-      softmax.merge(tile_softmax<L>(row, at, load_tile<L, false>(row, at, scaling, buffer)));
+    const Softmax softmax = scaling.kind() == Scale::none          ? row_softmax<L, Scale::none>(row, scaling)
+                            : scaling.kind() == Scale::temperature ? row_softmax<L, Scale::temperature>(row, scaling)
+                                                                   : row_softmax<L, Scale::softcap>(row, scaling);
     const double lse = softmax.lse();
     return {load_one<L>(row, id, scaling) - lse, softmax.entropy(), lse};
   }

@@ -253,9 +253,10 @@ __device__ Scan<T> scan_chunk(const Items<T>& items, const Arguments<T>& args, T
   return scan;
 }
 
-// Writes the chunk whose last token is `top` and which is handed `u`.
+// Writes the chunk whose last token is `top` and which is handed `u`; `kept` gets the advantages too.
 template <class T, bool UNIT>
-__device__ void store(const Sequence<T, UNIT>& seq, int64_t top, const Items<T>& items, const Scan<T>& scan, T u) {
+__device__ void store(const Sequence<T, UNIT>& seq, int64_t top, const Items<T>& items, const Scan<T>& scan, T u,
+                      T* kept = nullptr) {
   const int64_t t = first_item(top);
   T *to_advantages = &seq.advantages[t], *to_returns = &seq.returns[t];
   T row_before = scan.before(u);
@@ -266,6 +267,7 @@ __device__ void store(const Sequence<T, UNIT>& seq, int64_t top, const Items<T>&
     const T next = lane() == 0 ? row_before : turned;
     row_before = turned;
     const T advantage = items.surprise(k) + next;
+    if (kept != nullptr) kept[k] = advantage;
     if (items.inside(k)) {
       to_advantages[-k * WARP * seq.advantages.stride()] = items.valid(k) ? advantage : T(0);
       to_returns[-k * WARP * seq.returns.stride()] = items.valid(k) ? advantage + items.values[k] : T(0);

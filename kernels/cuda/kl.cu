@@ -18,9 +18,10 @@ struct Model {
   int64_t stride;
   explicit Model(const View& view)
       : data(view.data), dtype(view.dtype), row_at(view, view.dims - 1), stride(view.stride[view.dims - 1]) {}
+  // Logit i of the row that begins at `start`.
   template <class A>
-  __device__ A at(int64_t row, int64_t i) const {
-    const int64_t offset = row_at[row] + i * stride;
+  __device__ A at(int64_t start, int64_t i) const {
+    const int64_t offset = start + i * stride;
     if (dtype == Dtype::float32) return widen(static_cast<const float*>(data)[offset]);
     if (dtype == Dtype::bfloat16) return widen(static_cast<const bfloat16*>(data)[offset]);
     if (dtype == Dtype::float16) return widen(static_cast<const float16*>(data)[offset]);
@@ -37,19 +38,19 @@ struct Pairs {
   A per_temperature;
 };
 
-// Eight logits of a row, divided by the temperature; -inf behind its end. T is the dtype of both models where 16-byte
-// loads are possible, void where any of dtype and strides may be different.
+// Eight logits of the row that begins at `start`, divided by the temperature; -inf behind its end. T is the dtype of
+// both models where 16-byte loads are possible, void where any of dtype and strides may be different.
 template <class T, class A>
-__device__ void load(const Model& model, int64_t row, int64_t first, int64_t size, A per_temperature, A (&z)[SIDE]) {
+__device__ void load(const Model& model, int64_t start, int64_t first, int64_t size, A per_temperature, A (&z)[SIDE]) {
   if constexpr (std::is_void_v<T>) {
 #pragma unroll
     for (int j = 0; j < SIDE; j++)
-      z[j] = first + j < size ? model.at<A>(row, first + j) * per_temperature : A(-INFINITY);
+      z[j] = first + j < size ? model.at<A>(start, first + j) * per_temperature : A(-INFINITY);
   } else {
     struct alignas(16) Pack {
       T x[SIDE];
     } pack;
-    const T* from = static_cast<const T*>(model.data) + model.row_at[row] + first;
+    const T* from = static_cast<const T*>(model.data) + start + first;
     if (first < size) pack = *reinterpret_cast<const Pack*>(from);
 #pragma unroll
     for (int j = 0; j < SIDE; j++) z[j] = first < size ? widen(pack.x[j]) * per_temperature : A(-INFINITY);
@@ -128,12 +129,13 @@ __global__ void __launch_bounds__(THREADS, std::is_void_v<T> ? 1 : 3) kl_kernel(
     if (writes && args.chosen) out.logprobs[i] = out.ref_logprobs[i] = A(0);
     return;
   }
+  const int64_t start = args.policy.row_at[i], ref_start = args.ref.row_at[i];
   Pair<A> pair;
 #pragma unroll 1
   for (int64_t first = threadIdx.x * SIDE; first - threadIdx.x * SIDE < args.size; first += PAIR_STEP) {
     A z[SIDE], w[SIDE];
-    load<T>(args.policy, i, first, args.size, args.per_temperature, z);
-    load<T>(args.ref, i, first, args.size, args.per_temperature, w);
+    load<T>(args.policy, start, first, args.size, args.per_temperature, z);
+    load<T>(args.ref, ref_start, first, args.size, args.per_temperature, w);
     pair.add(z, w);
   }
   merge_block(pair);
@@ -146,8 +148,8 @@ __global__ void __launch_bounds__(THREADS, std::is_void_v<T> ? 1 : 3) kl_kernel(
   if (!args.chosen) return;
   const int64_t id = args.choices.id(i);
   const bool inside = id >= 0 && id < args.size;
-  const A z = inside ? args.policy.template at<A>(i, id) * args.per_temperature : A(NAN);
-  const A w = inside ? args.ref.template at<A>(i, id) * args.per_temperature : A(NAN);
+  const A z = inside ? args.policy.template at<A>(start, id) * args.per_temperature : A(NAN);
+  const A w = inside ? args.ref.template at<A>(ref_start, id) * args.per_temperature : A(NAN);
   out.logprobs[i] = z - pair.policy.base() - log_total;
   out.ref_logprobs[i] = w - pair.ref_base() - ref_log_total;
 }
@@ -175,12 +177,13 @@ __global__ void __launch_bounds__(THREADS, std::is_void_v<T> ? 1 : 3)
   if (g != A(0) && (id < 0 || id >= args.size)) g = A(NAN);
   const A k = up.kl[i], h = up.entropy[i], kl = up.row_kl[i], entropy = up.row_entropy[i];
   const A lse = up.row_lse[i], ref_lse = up.row_ref_lse[i];
+  const int64_t start = args.policy.row_at[i], ref_start = args.ref.row_at[i];
 #pragma unroll 1
   for (int64_t first = threadIdx.x * SIDE; first < args.size; first += PAIR_STEP) {
     A z[SIDE], w[SIDE];
     if (counts) {
-      load<T>(args.policy, i, first, args.size, args.per_temperature, z);
-      load<T>(args.ref, i, first, args.size, args.per_temperature, w);
+      load<T>(args.policy, start, first, args.size, args.per_temperature, z);
+      load<T>(args.ref, ref_start, first, args.size, args.per_temperature, w);
     }
 #pragma unroll
     for (int j = 0; j < SIDE; j++) {

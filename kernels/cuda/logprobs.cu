@@ -22,7 +22,7 @@ struct Logits {
 template <class T, bool VECTOR>
 constexpr int BLOCKS_PER_SM = VECTOR && sizeof(T) < 8 ? 4 : 1;
 
-template <class T, bool VECTOR>
+template <class T, bool VECTOR, bool MAYBE_CAPPED>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
     logprobs_kernel(Logits<T> args, typename Wide<T>::type* logprobs, typename Wide<T>::type* entropy,
                     typename Wide<T>::type* lse) {
@@ -41,14 +41,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
     A z[ITEMS];
 #pragma unroll
     for (int k = 0; k < ITEMS; k++)
-      z[k] = Items<T, VECTOR>::place(at, k) < args.size ? args.scaling(widen(items[k])) : A(-INFINITY);
+      z[k] = Items<T, VECTOR>::place(at, k) < args.size ? args.scaling.template of<MAYBE_CAPPED>(widen(items[k]))
+                                                        : A(-INFINITY);
     softmax.add(z);
   }
   merge_block(softmax);
   if (threadIdx.x != 0) return;
   const int64_t id = args.choices.id(i);
   const bool inside = id >= 0 && id < args.size;
-  const A z = inside ? args.scaling(widen(row[id * args.stride])) : A(NAN);
+  const A z = inside ? args.scaling.template of<MAYBE_CAPPED>(widen(row[id * args.stride])) : A(NAN);
   const A nothing = inside ? A(0) : A(NAN);  // the whole result of a row with a wrong id is NaN
   logprobs[i] = z - softmax.base() - log(softmax.total);
   entropy[i] = softmax.entropy() + nothing;
@@ -60,7 +61,7 @@ struct Upstream {
   Numbers<A> logprobs, entropy, lse, row_entropy, row_lse;
 };
 
-template <class T, bool VECTOR>
+template <class T, bool VECTOR, bool MAYBE_CAPPED>
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
     logprobs_backward_kernel(Logits<T> args, Upstream<typename Wide<T>::type> up, T* grad) {
   using A = typename Wide<T>::type;
@@ -77,11 +78,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
     if (counts) items.load(row, args.stride, args.size, at);
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
-      const A capped = args.scaling.capped(widen(items[k])), logp = capped * args.scaling.per_temperature - lse;
+      const A capped = args.scaling.template capped<MAYBE_CAPPED>(widen(items[k]));
+      const A logp = capped * args.scaling.per_temperature - lse;
       const A from_p = exponential(logp) * (rest - h * (logp + entropy));
       A dz = logp == A(-INFINITY) ? A(0) : from_p;  // a select: 0 * -inf
       dz += Items<T, VECTOR>::place(at, k) == id ? g : A(0);
-      const A t = args.scaling.softcap == A(0) ? A(0) : capped * args.scaling.per_softcap;
+      const A t = !MAYBE_CAPPED || args.scaling.softcap == A(0) ? A(0) : capped * args.scaling.per_softcap;
       dz *= args.scaling.per_temperature * (A(1) - t * t);
       narrow(counts ? dz : A(0), items[k]);
     }
@@ -100,7 +102,9 @@ template <class T>
 void run(const View& logits, const View& ids, const View& mask, double temperature, double softcap,
          const View& logprobs, const View& entropy, const View& lse, cudaStream_t stream) {
   using A = typename Wide<T>::type;
-  const auto kernel = vectorizable(logits, sizeof(T)) ? logprobs_kernel<T, true> : logprobs_kernel<T, false>;
+  const auto kernel = !vectorizable(logits, sizeof(T)) ? logprobs_kernel<T, false, true>
+                      : softcap > 0                    ? logprobs_kernel<T, true, true>
+                                                       : logprobs_kernel<T, true, false>;
   launch(kernel, "logprobs_kernel", count_rows(logits), THREADS, stream,
          rows_of<T>(logits, ids, mask, temperature, softcap), logprobs.as<A>(), entropy.as<A>(), lse.as<A>());
 }
@@ -110,7 +114,9 @@ void run_backward(const View& logits, const View& ids, const View& mask, double 
                   const View (&up)[5], const View& grad, cudaStream_t stream) {
   using A = typename Wide<T>::type;
   const bool vector = vectorizable(logits, sizeof(T)) && vectorizable(grad, sizeof(T));
-  const auto kernel = vector ? logprobs_backward_kernel<T, true> : logprobs_backward_kernel<T, false>;
+  const auto kernel = !vector       ? logprobs_backward_kernel<T, false, true>
+                      : softcap > 0 ? logprobs_backward_kernel<T, true, true>
+                                    : logprobs_backward_kernel<T, true, false>;
   const Upstream<A> numbers = {Numbers<A>(up[0]), Numbers<A>(up[1]), Numbers<A>(up[2]), Numbers<A>(up[3]),
                                Numbers<A>(up[4])};
   launch(kernel, "logprobs_backward_kernel", count_rows(logits), THREADS, stream,

@@ -1,9 +1,8 @@
 // What the kernels of ppo_loss.cu share: their arguments, the scratch between them, sums over a block.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include <cmath>
-
 #include "launch.h"
+#include "ppo_loss_exp.cuh"
 #include "ppo_loss_token.h"
 
 namespace rlhf_fast::cuda {
@@ -16,13 +15,6 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int ITEMS = 4;                // tokens per thread
 constexpr int CHUNK = ITEMS * THREADS;  // tokens per block; 1024 is also in _scratch of rlhf_fast/ops/ppo_loss.py
 constexpr int COUNT_BLOCKS = 1024;      // so is this 1024
-
-struct Math {
-  static __device__ float exp(float x) { return ::expf(x); }
-  static __device__ float expm1(float x) { return ::expm1f(x); }
-  static __device__ double exp(double x) { return ::exp(x); }
-  static __device__ double expm1(double x) { return ::expm1(x); }
-};
 
 template <class D>
 struct Rows {  // [B, T] or [N] with any strides

@@ -48,18 +48,20 @@ struct Wide<double> {
 __device__ float widen(float x) { return x; }
 __device__ double widen(double x) { return x; }
 __device__ float widen(bfloat16 x) { return bits<float>(uint32_t(x.bits) << 16); }
+
+// To nearest, ties to even.
+__device__ void narrow(float x, float& to) { to = x; }
+__device__ void narrow(double x, double& to) { to = x; }
+
+#ifdef RLHF_FAST_SIMT
 __device__ float widen(float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
   const uint32_t scaled = bits<uint32_t>(bits<float>(rest) * 0x1p112f);  // the exponents' biases differ by 112
   return bits<float>((rest >= 0x0f800000u ? rest | 0x7f800000u : scaled) | sign);
 }
-
-// To nearest, ties to even.
-__device__ void narrow(float x, float& to) { to = x; }
-__device__ void narrow(double x, double& to) { to = x; }
 __device__ void narrow(float x, bfloat16& to) {
   const uint32_t u = bits<uint32_t>(x);
-  to.bits = x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : 0x7fc0u;
+  to.bits = x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : 0x7fffu;
 }
 __device__ void narrow(float x, float16& to) {
   const uint32_t u = bits<uint32_t>(x), sign = u & 0x80000000u, rest = u ^ sign;
@@ -67,9 +69,27 @@ __device__ void narrow(float x, float16& to) {
   uint32_t h = rest < (113u << 23) ? bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u
                                    : (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;
   if (rest >= (143u << 23)) h = 0x7c00u;
-  if (rest > 0x7f800000u) h = 0x7e00u;
-  to.bits = h | sign >> 16;
+  to.bits = rest > 0x7f800000u ? 0x7fffu : h | sign >> 16;
 }
+// 2^x, what is below the smallest normal number being 0.
+__device__ float power_of_two(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+#else  // the same in one instruction each; exp2f takes five to keep subnormal results
+__device__ float widen(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ void narrow(float x, bfloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+__device__ void narrow(float x, float16& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+__device__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 
 // A thread's share of a step: 16 bytes that lie side by side belong to one thread, whether they are loaded at once
 // (VECTOR: unit stride, addresses of 16 bytes) or not.
@@ -114,7 +134,7 @@ struct Items {
   }
 };
 
-__device__ float exponential(float x) { return exp2f(x * 1.44269504088896341f); }
+__device__ float exponential(float x) { return power_of_two(x * 1.44269504088896341f); }
 __device__ double exponential(double x) { return exp(x); }
 
 // z = softcap * tanh(x / softcap) / temperature, without the cap where it is 0.
@@ -125,8 +145,15 @@ struct Scaling {
       : softcap(static_cast<A>(softcap)),
         per_softcap(softcap > 0 ? static_cast<A>(1 / softcap) : A(0)),
         per_temperature(static_cast<A>(1 / temperature)) {}
-  __device__ A capped(A x) const { return softcap == 0 ? x : softcap * tanh(x * per_softcap); }
-  __device__ A operator()(A x) const { return capped(x) * per_temperature; }
+  // Where it is known when this is compiled that there is no cap, no logit asks for it.
+  template <bool MAYBE_CAPPED>
+  __device__ A capped(A x) const {
+    return !MAYBE_CAPPED || softcap == 0 ? x : softcap * tanh(x * per_softcap);
+  }
+  template <bool MAYBE_CAPPED>
+  __device__ A of(A x) const {
+    return capped<MAYBE_CAPPED>(x) * per_temperature;
+  }
 };
 
 // Of some logits: their maximum m, sum of exp(z - m) and of exp(z - m) * (z - m).

@@ -245,7 +245,7 @@ def test_gradcheck(holes, offsets):
                 assert torch.allclose(exact[i].reshape(-1, len(basis))[:, k], column.flatten(), atol=1e-12)
 
 
-def test_gradients_do_not_leak_from_masked_tokens():
+def test_pitfall_13_gradients_do_not_leak_from_masked_tokens():
     rewards, values, mask = case((2, 12), torch.float64, density=0.5)
     rewards.requires_grad_(), values.requires_grad_()
     sum(x.sum() for x in gae(rewards, values, mask)).backward()
@@ -261,7 +261,7 @@ def test_one_float64_input_makes_float64_results():
         assert {x.dtype for x in gae(*given[:2], mask, last_values=given[2])} == {torch.float64}
 
 
-def test_a_second_derivative_raises():
+def test_pitfall_10_a_second_derivative_raises():
     rewards, values, mask = case((2, 5), torch.float64, density=1.0)
     rewards.requires_grad_()
     (first,) = torch.autograd.grad((gae(rewards, values, mask)[0] ** 2).sum(), rewards, create_graph=True)

@@ -89,6 +89,19 @@ def test_the_same_numbers_as_logprobs(run, device):
     assert torch.allclose(out[3], logprobs(logits, ids, temperature=0.8).entropy, atol=2e-6)
 
 
+def test_peaks_after_the_first_tiles(run, device):
+    # A kernel that takes the maxima of the tiles before as its references: exp overflows, or digits are lost.
+    rises = torch.tensor([0.5, 3.75, 4.25, 8.0, 30.0, 100.0, 500.0])
+    logits, ref_logits, ids = case((len(rises), 9000), seed=11, scale=0.5, apart=0.2)
+    logits[:, 5000], ref_logits[:, 5000] = rises, rises.flip(0)
+    ref_logits[:, 8500] = 6.0
+    ids[::2] = 5000
+    out = run(logits.to(device), ref_logits.to(device), ids.to(device))
+    for ours, theirs in zip(out, oracle(logits, ref_logits, ids), strict=False):
+        error = (ours.cpu() - theirs).abs()
+        assert bool((error <= 2e-6 * (1 + theirs.abs())).all()), error
+
+
 def test_minus_inf(run, device):
     logits, ref_logits, ids = case((5, 40), seed=3)
     ids[:] = 30
@@ -108,7 +121,7 @@ def test_minus_inf(run, device):
     assert out[3].isfinite().all()
 
 
-def test_nothing_leaks_from_masked_rows(run, device, gradient):
+def test_pitfall_13_nothing_leaks_from_masked_rows(run, device, gradient):
     logits, ref_logits, ids = case((5, 50), seed=4)
     mask = torch.tensor([True, False, True, False, True])
     expected = [torch.where(mask, o, 0) for o in oracle(logits, ref_logits, ids)]
@@ -248,7 +261,7 @@ def test_the_reference_model_gets_no_gradient():
     assert ref_logits.grad is None
 
 
-def test_a_second_derivative_raises():
+def test_pitfall_10_a_second_derivative_raises():
     logits, ref_logits, _ = case((2, 5), torch.float64)
     logits.requires_grad_()
     (first,) = torch.autograd.grad((kl(logits, ref_logits).kl ** 2).sum(), logits, create_graph=True)

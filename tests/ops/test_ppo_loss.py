@@ -211,7 +211,7 @@ def test_an_empty_mask_is_0_with_a_graph(aggregate, shape, denominator):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_micro_batches_add_up_to_the_full_batch(aggregate):
+def test_pitfall_11_micro_batches_add_up_to_the_full_batch(aggregate):
     # A denominator that follows the micro-batch gives gradients 0.5 to 4 times off (TRL, open-instruct, Liger).
     t = case((6, 11), torch.float64, seed=3)
     t["mask"][1] = False
@@ -291,7 +291,7 @@ def test_statistics_are_detached_scalars():
     assert out.loss.requires_grad
 
 
-def test_a_second_derivative_raises():
+def test_pitfall_10_a_second_derivative_raises():
     t = case((2, 5), torch.float64, density=1.0)
     leaf = t["logprobs"].requires_grad_()
     loss = ppo_loss(leaf, t["old_logprobs"], t["advantages"], t["mask"]).loss

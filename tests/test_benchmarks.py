@@ -1,0 +1,246 @@
+"""The benchmarks' own machinery: rows, ratios, goals, charts, and the path of a GPU walked without one."""
+
+import json
+
+import bench_gae
+import bench_kl
+import bench_logprobs
+import bench_ppo_loss
+import bench_sample
+import chart
+import goals
+import gpu_check
+import harness
+import pytest
+import record
+import torch
+from conftest import GPU
+
+
+def test_a_peer_is_named_after_its_package_or_its_formula():
+    notes = {}
+    torch_label = f"Torch {torch.__version__}"
+    assert list(harness.package_or_formula("Torch", "torch", lambda: abs, None, notes)) == [torch_label]
+    assert harness.package_or_formula("Nobody", "no-such-package", lambda: abs, sum, notes) == {"Nobody's formula": sum}
+    assert notes == {}
+    assert harness.package_or_formula("Nobody", "no-such-package", lambda: abs, None, notes) == {}
+    assert notes == {"Nobody": "not installed"}
+
+    def broken():
+        raise ImportError("no such symbol\nand more")
+
+    assert harness.package_or_formula("Torch", "torch", broken, sum, notes) == {"Torch's formula": sum}
+    assert notes["Torch"] == "its formula is measured, for ImportError: no such symbol"
+
+
+def test_a_row_by_hand(monkeypatch):
+    seconds = {"ours": 1e-3, "twice": 2e-3, "floor copy": 5e-4}
+    monkeypatch.setattr(harness, "interleave", lambda calls, device: {name: seconds[name] for name in calls})
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(harness, "peak_bytes", lambda call, device: 2**20)
+
+    def broken(x):
+        raise ValueError("this one\ncannot")
+
+    x, notes = torch.ones(3), {}
+    case = harness.Case(
+        name="three",
+        bytes=4_000_000,
+        inputs=[(x,)],
+        ours=lambda x: x + 1,
+        peers={"twice": lambda x: x + 1, "wrong": lambda x: x - 1, "broken": broken},
+        floors={"copy": lambda x: x.clone()},
+        agrees=torch.equal,
+    )
+    row = harness.measure(case, "cpu", notes)
+    assert row == {
+        "case": "three", "us": 1000.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 2.0, "peak MiB": 1.0,
+        "ratios": {"twice": 2.0},
+    }  # fmt: skip
+    assert notes == {"wrong, three": "computes something else", "broken, three": "ValueError: this one"}
+
+
+def test_inputs_take_turns():
+    seen = []
+    call = harness.turning(seen.append, [(1,), (2,), (3,)])
+    for _ in range(5):
+        call()
+    assert seen == [1, 2, 3, 1, 2]
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    row = {"case": "64x1024", "us": 10.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 2.5, "peak MiB": None}
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "devices", lambda: ["cpu"])
+    monkeypatch.setattr(record, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(record, "measure", lambda case, device, notes: row | {"ratios": {"verl's formula": 301.0}})
+
+    def cases(device, notes):
+        notes["Somebody"] = "needs a GPU"
+        yield None
+        raise KeyboardInterrupt
+
+    record.run("gae", cases, "the remark")
+    written = record.known("cpu")["gae"]
+    assert [r["case"] for r in written["rows"]] == ["64x1024"]
+    assert written["notes"] == {"Somebody": "needs a GPU", record.REST: "interrupted"}
+    assert [(g["what"], g["met"]) for g in written["goals"]] == [
+        ("64x1024, verl's time over ours", True),
+        ("64x1024, ours over a copy of the bytes", True),
+    ]
+    printed = capsys.readouterr().out
+    assert "the remark\n" in printed
+    assert "left out: Somebody: needs a GPU\n" in printed
+    assert "C3 64x1024, verl's time over ours: 301 (goal ≥ 300) ✓\n" in printed
+
+
+def test_gpu_check_shows_the_goals_of_this_run(monkeypatch):
+    def of(name, *notes):
+        return {"notes": dict.fromkeys(notes, ""), "goals": [{"goal": name, "what": "", "measured": 1.0, "met": True}]}
+
+    found = {
+        "device": "some GPU",
+        "sample": of("G9"),
+        "kl": of("G4", record.REST),
+        "gae": of("G7"),
+        "logprobs": of("G1"),
+    }
+    monkeypatch.setattr(gpu_check, "known", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    results = {"bench_sample": "ok", "bench_kl": "over its 100 s", "bench_gae": "over its 100 s", "build": "ok"}
+    assert [(g["goal"], g["met"]) for g in gpu_check.goals_of(results)] == [("G4", "✓"), ("G9", "✓")]
+
+
+def logprobs_row(**changes):
+    row = {"case": "256x151936 float32", "us": 1.0, "/ sum": 1.5, "ratios": {"TRL 1.16.0": 20.0, "eager": 5.0}}
+    return row | changes
+
+
+def test_goals_on_a_cpu():
+    rows = [
+        logprobs_row(),
+        logprobs_row(**{"case": "256x151936 bfloat16", "ratios": {"TRL's formula": 17.0}}),
+        logprobs_row(**{"case": "256x151936 float32 with backward", "peak / gradient": 1.2}),
+    ]
+    judged = goals.judge("logprobs", "cpu", rows)
+    assert [(g["goal"], g["measured"], g["bound"], g["met"]) for g in judged] == [
+        ("C1", 20.0, "≥ 18", True),
+        ("C1", 1.5, "≤ 1.8", True),
+        ("C1", 17.0, "≥ 18", False),
+        ("C2", 5.0, "≥ 6", False),  # no row has torch.compile: no word of that goal
+        ("C2", 1.2, "≤ 1.02", False),
+    ]
+    assert goals.line(judged[0]) == "C1 256x151936 float32, TRL's time over ours: 20 (goal ≥ 18) ✓"
+    assert goals.line(judged[2]).endswith("17 (goal ≥ 18) ✗")
+
+
+def gpu_row(case, **changes):
+    row = {"case": case, "us": 20.0, "GB/s": 1.0, "% copy": 86.0, "% read": 91.0, "launches": 2, "with backward": 4}
+    return row | {"/ copy": 1.1, "syncs": 0, "captured": 1, "ratios": {"FlashInfer 0.7": 1.5, "cuda": 0.9}} | changes
+
+
+GPU_GOALS = {
+    "logprobs": (["8192x151936 bfloat16", "8192x151936 bfloat16 with backward"], {"G1", "G2", "G10"}),
+    "kl": (["8192x151936 bfloat16 with backward"], {"G4", "G10"}),
+    "gae": (["64x1024", "512x1024", "4096x8192", "1x1048576 packed"], {"G7", "G10"}),
+    "ppo_loss": (["512x2048"], {"G8", "G10"}),
+    "sample": (["p.9, 128x131072 float32", "plain, 8x131072 float32"], {"G9", "G10"}),
+}
+
+
+@pytest.mark.parametrize("op", GPU_GOALS)
+def test_goals_on_a_gpu(op):
+    cases, expected = GPU_GOALS[op]
+    ratios = {"compile": 6.0, "FlashInfer 0.7": 1.5, "cuda": 0.9}
+    good = goals.judge(op, "cuda", [gpu_row(case, ratios=ratios, **{"graph us": 5.0}) for case in cases])
+    assert {g["goal"] for g in good} == expected
+    assert all(g["met"] for g in good), good
+    bad = {"% copy": 50.0, "% read": 20.0, "/ copy": 9.0, "launches": 7, "with backward": 99, "syncs": 1, "captured": 0}
+    bad |= {"graph us": 90.0, "ratios": {"compile": 0.5, "FlashInfer 0.7": 0.5}}
+    assert not any(g["met"] for g in goals.judge(op, "cuda", [gpu_row(case, **bad) for case in cases]))
+
+
+def test_a_chart_is_small(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ("eager", "compile", "FlashInfer 0.7", "TRL's formula")
+    rows = [
+        {"case": f"p.9, {n}x131072 float32", "us": 17.0 * n, "GB/s": 900.0, "% copy": 31.0}
+        | {"ratios": {name: 1.5 + n + i for i, name in enumerate(names)}}
+        for n in range(1, 7)
+    ]
+    chart.draw("sample", "some device", rows, tmp_path / "chart.png")
+    written = (tmp_path / "chart.png").read_bytes()
+    assert written.startswith(b"\x89PNG")
+    assert len(written) < 40_000
+
+
+def test_figures_in_the_repository_belong_to_their_device():
+    files = list(record.RESULTS.glob("*.json"))
+    assert files
+    for path in files:
+        device = json.loads(path.read_text())["device"]
+        assert path.stem == "".join(c if c.isalnum() else "-" for c in device.lower())
+
+
+class OnTheCPU(torch.overrides.TorchFunctionMode):
+    """Everything that asks for the GPU gets the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*["cpu" if isinstance(a, str) and a == "cuda" else a for a in args], **kwargs)
+
+
+# float32 where a peer's Triton kernel may take part: in place, the interpreter's bfloat16 gives nonsense.
+CASES_OF_A_GPU = {
+    "gae": lambda notes: bench_gae.case(3, 17, "cuda", notes),
+    "gae, packed": lambda notes: bench_gae.case(1, 50, "cuda", notes, packed=True),
+    "kl": lambda notes: bench_kl.case(4, 33, torch.bfloat16, "cuda", notes, backward=False),
+    "kl, backward": lambda notes: bench_kl.case(4, 33, torch.bfloat16, "cuda", notes, backward=True),
+    "logprobs": lambda notes: bench_logprobs.case(4, 33, torch.float32, "cuda", notes, backward=False),
+    "logprobs, backward": lambda notes: bench_logprobs.case(4, 33, torch.float32, "cuda", notes, backward=True),
+    "ppo_loss": lambda notes: bench_ppo_loss.case(3, 17, "cuda", notes),
+    "ppo_loss, logits": lambda notes: bench_ppo_loss.from_logits(2, 5, 33, "cuda", notes),
+    "sample": lambda notes: bench_sample.case("k50 + p.9", 4, 64, torch.float32, "cuda", notes),
+    "sample, plain": lambda notes: bench_sample.case("plain", 4, 64, torch.bfloat16, "cuda", notes),
+}
+
+
+@pytest.mark.skipif(GPU, reason="here the benchmarks themselves walk it")
+@pytest.mark.parametrize("name", CASES_OF_A_GPU)
+def test_the_path_of_a_gpu(name, monkeypatch, capsys):
+    def take_turns(candidates, *, device):
+        for call in candidates.values():
+            call()
+        return {name: 1e-5 * (i + 1) for i, name in enumerate(candidates)}
+
+    monkeypatch.setattr(harness, "interleave", take_turns)
+    monkeypatch.setattr(harness, "graph_seconds", lambda call, inputs: [call(*inputs[0]), 5e-6][1])
+    monkeypatch.setattr(harness, "launches", lambda call: [call(), 2][1])
+    monkeypatch.setattr(harness, "host_syncs", lambda call: [call(), 0][1])
+    monkeypatch.setattr(harness, "peak_bytes", lambda call, device: 2**20)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(harness, "read_bandwidth", lambda: 3200.0)
+    monkeypatch.setattr(harness, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    properties = type("Properties", (), {"L2_cache_size": 4000})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    notes = {}
+    with OnTheCPU():
+        case = CASES_OF_A_GPU[name](notes)
+        row = harness.measure(case, "cuda", notes)
+    size = sum(t.nbytes for t in case.inputs[0])
+    assert (len(case.inputs) - 1) * size <= 2 * 4000 < len(case.inputs) * size  # they do not fit that L2 twice
+    assert row["graph us"] == 5
+    assert row["GB/s"] == pytest.approx(case.bytes / 5e-6 / 1e9)
+    assert row["% read"] == pytest.approx(row["GB/s"] / 32)
+    assert row["launches"] == 2
+    assert row["ratios"]
+    op = name.split(",")[0]
+    judged = goals.judge(op, "cuda", [row])
+    assert {goal["goal"] for goal in judged} >= {"G10"}
+    record.table(op, [{k: v for k, v in row.items() if k != "ratios"}])
+    printed = capsys.readouterr().out
+    assert max(len(line) for line in printed.splitlines()) <= 160
+    assert not [why for why in notes.values() if "computes something else" in why], notes

@@ -1,0 +1,60 @@
+"""docs/kernels.md: its example runs as it is printed, its figures are the committed ones, its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast import dispatch
+
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "kernels.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
+def test_the_raw_call_computes_what_it_says():
+    np = pytest.importorskip("numpy")
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    (printed,) = re.findall(r"print\(advantages.round\(3\)\) +# (.*)", snippet)
+    assert str(names["advantages"].round(3)) == printed
+    # By hand: 1 - .3, then .3 - .4 + .95 * .7, then .4 - .5 + .95 * .565.
+    assert np.allclose(names["advantages"], [[0.43675, 0.565, 0.7]], atol=1e-6)
+    assert np.allclose(names["returns"], [[0.93675, 0.965, 1.0]], atol=1e-6)
+    codes = {str(dtype).removeprefix("torch."): code for dtype, code in dispatch.DTYPE_CODES.items()}
+    assert names["CODES"].items() <= codes.items()
+    said = dict(re.findall(r"(\d) (\w+)", re.findall(r"The codes: (.*?)\.", TEXT, re.DOTALL)[0]))
+    assert {name: int(code) for code, name in said.items()} == codes
+
+
+def test_every_op_has_its_section():
+    assert re.findall(r"^## (\w+)$", TEXT, re.MULTILINE) == ["logprobs", "kl", "gae", "ppo_loss", "sample"]
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
+    assert links
+    for link in links:
+        assert (DOCS / link).exists(), link
+
+
+def numbers(value) -> list[float]:
+    """All numbers in a record, however deep."""
+    if isinstance(value, (dict, list)):
+        return [x for part in (value.values() if isinstance(value, dict) else value) for x in numbers(part)]
+    return [float(value)] if isinstance(value, (int, float)) else []
+
+
+@pytest.mark.parametrize("op", ["logprobs", "kl", "gae", "ppo_loss", "sample"])
+def test_measured_figures_are_the_committed_ones(op):
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "amd-epyc-x2.json").read_text())
+    known = numbers(results[op]["rows"])
+    section = TEXT.split(f"\n## {op}\n")[1].split("\n## ")[0].split("**Measured**")[1].split("GPU: unmeasured")[0]
+    section = re.sub(r"\d+ × \d+|1 M tokens|float32|bfloat16|top-k 50|top-p 0\.9|min-p 0\.05", "", section)
+    figures = re.findall(r"\d+(?:\.\d+)?", section)
+    assert len(figures) >= 5
+    for said in figures:
+        places = len(said.partition(".")[2])
+        assert any(f"{x:.{places}f}" == said for x in known + [x / 1000 for x in known]), f"{op}: {said}"
