@@ -23,7 +23,7 @@ LAYERS = (
     {"models", "pretrained", "sharing", "data", "records", "columns", "preferences", "generate", "rollout", "rewards"},
     {"trainers"},
     {"report", "demo"},
-    {"cli", "flags", "doctor"},
+    {"cli", "commands", "flags", "doctor"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

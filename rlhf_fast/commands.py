@@ -1,0 +1,86 @@
+"""The commands of the command line: what each does, what it works on and which trainer it starts."""
+
+from rlhf_fast.flags import Sources
+
+COMMANDS = {
+    "sft": "teach a language model from demonstrations",
+    "reward": "train a reward model from pairs, rankings, labelled answers or labelled steps",
+    "ppo": "optimise a reward with PPO",
+    "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
+    "generate": "write responses to prompts",
+    "doctor": "show which implementation serves each op, and the versions",
+    "demo": "the three stages on a made-up language, with a report",
+}
+MODEL = "a folder or a Hub id"
+FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
+RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
+#: command → what it works on.
+SOURCES: dict[str, Sources] = {
+    "sft": {
+        "model": (f"the model to start from: {MODEL}", ...),
+        "data": (f"demonstrations: {FILES}; text, prompt and response, or messages", ...),
+        "eval_data": ("held-out demonstrations", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/sft"),
+        "resume": RESUME,
+    },
+    "reward": {
+        "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
+        "data": (
+            f"{FILES}; prompt with chosen and rejected, response and label, responses and scores, or steps and "
+            "labels: the columns say what is learned",
+            ...,
+        ),
+        "eval_data": ("held-out records of the same kind", None),
+        "calibration_data": ("records whose scores normalise moves to mean 0; data if absent", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/reward"),
+        "resume": RESUME,
+    },
+    "ppo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "prompts": (f"prompts: {FILES}", ...),
+        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
+        "critic": (f"the model that the critic starts from: {MODEL}", None),
+        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/ppo"),
+        "resume": RESUME,
+    },
+    "grpo": {
+        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
+        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "prompts": (f"prompts: {FILES}", ...),
+        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
+        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
+        "output_dir": ("a new folder for the run and its model", "runs/grpo"),
+        "resume": RESUME,
+    },
+    "generate": {
+        "model": (f"the model that writes: {MODEL}", ...),
+        "prompt": ("a prompt", None),
+        "prompts": (f"prompts: {FILES}", None),
+        "output": ("a new .jsonl file for prompts and responses, instead of the terminal", None),
+        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+    },
+    "demo": {},
+}
+#: command → its trainer in rlhf_fast/trainers/<command>.py; the config is named alike.
+TRAINERS = {
+    "grpo": "GRPOTrainer",
+    "ppo": "PPOTrainer",
+    "reward": "RewardTrainer",
+    "sft": "SFTTrainer",
+}
+#: what a sentence about a missing package says to install.
+EXTRAS = (
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "yaml",
+    "tqdm",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+)
