@@ -105,7 +105,7 @@ def run_command(name: str, argv: list[str]) -> None:
         resume = sources.pop("resume")
         check_folder(sources["output_dir"], run=resume)  # before the models are loaded
         if "reward" in sources:
-            sources["reward"] = reward_function(sources["reward"])
+            sources["reward"] = reward_functions(sources["reward"])
         trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
 
 
@@ -124,6 +124,13 @@ def config_class(name: str) -> type:
         return importlib.import_module("rlhf_fast.demo").DemoConfig  # type: ignore[no-any-return]
     module = importlib.import_module(f"rlhf_fast.trainers.{name}")
     return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
+
+
+def reward_functions(text: str) -> Any:
+    """What ``text`` names: a reward, or a list of those between its commas, the members of an ensemble."""
+    if Path(text).exists() or "," not in text:
+        return reward_function(text)
+    return [reward_function(part.strip()) for part in text.split(",")]
 
 
 def reward_function(text: str) -> Any:

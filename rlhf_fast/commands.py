@@ -13,6 +13,10 @@ COMMANDS = {
 }
 MODEL = "a folder or a Hub id"
 FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
+REWARD = (
+    f"a reward model ({MODEL}) or a function, package.module:function or file.py:function; several, with commas "
+    "between them, are an ensemble, of which the mean counts"
+)
 RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
 #: command → what it works on.
 SOURCES: dict[str, Sources] = {
@@ -39,7 +43,7 @@ SOURCES: dict[str, Sources] = {
     },
     "ppo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "reward": (REWARD, ...),
         "prompts": (f"prompts: {FILES}", ...),
         "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
         "critic": (f"the model that the critic starts from: {MODEL}", None),
@@ -49,7 +53,7 @@ SOURCES: dict[str, Sources] = {
     },
     "grpo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "reward": (REWARD, ...),
         "prompts": (f"prompts: {FILES}", ...),
         "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),

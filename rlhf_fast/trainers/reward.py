@@ -44,8 +44,8 @@ class RewardConfig:
         0.0, "of pairs: weight of the squared sum of the two scores, to keep them near 0", low=0
     )
     ranking: str = option("pairs", "of rankings: the mean over all pairs, or Plackett-Luce", choices=RANKINGS)
-    separator: str = option("\n", "of steps: what stands between two of them")
-    normalise: bool = option(False, "shift the scores to mean 0 at the end; labels then hold no more as probabilities")
+    separator: str | None = option(None, "of steps: what stands between two of them; a line break if absent")
+    normalise: bool = option(False, "shift the scores to mean 0 at the end; their sigmoid is then no probability")
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer record stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
@@ -57,7 +57,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        if not self.separator:
+        if self.separator == "":
             raise ValueError("RewardConfig.separator must not be empty")
 
 
@@ -102,7 +102,7 @@ class RewardTrainer:
         check_folder(output_dir, run=True)
         self.accelerator = learning.accelerator()
         c = self.config = chosen(config, RewardConfig)
-        self.output_dir = output_dir
+        self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
             raise ValueError("calibration_data is for RewardConfig.normalise, which is false")
         records = [None if d is None else read_records(d) for d in (data, eval_data, calibration_data)]
@@ -119,7 +119,7 @@ class RewardTrainer:
         models.check_tokens(scorer, self.tokenizer, (ids for e in every for ids in preferences.sequences(e)))
         self.model = learning.trainable(scorer, self.accelerator.device)
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
-        settings.step_separator = c.separator if self.kind == "process" else None
+        settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
@@ -129,7 +129,7 @@ class RewardTrainer:
         if records is None:
             return []
         c, kind = self.config, preferences.kind_of(records, like=self.kind)
-        limits: dict[str, Any] = {"max_length": self.max_length, "overlong": c.overlong, "separator": c.separator}
+        limits: dict[str, Any] = {"max_length": self.max_length, "overlong": c.overlong, "separator": self.separator}
         return preferences.reward_examples(records, self.tokenizer, kind=kind, **limits)
 
     def train(self, *, resume: bool = False) -> dict[str, float]:
