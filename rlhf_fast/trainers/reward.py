@@ -196,7 +196,12 @@ class RewardTrainer:
         return pointwise_loss(scores, judged.targets, mask=judged.mask, denominator=count)
 
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss`` and the statistics of the held-out records, among them ``eval_accuracy``."""
+        """``eval_loss`` and the statistics of the held-out records, among them ``eval_accuracy``.
+
+        Raises ``ValueError`` where there are none.
+        """
+        if not self.eval_examples:
+            raise ValueError("there is nothing to evaluate on: eval_data is absent")
         return self._judge(self.eval_examples)[0]
 
     @torch.no_grad()

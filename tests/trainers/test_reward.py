@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from rlhf_fast import models
+from rlhf_fast import models, preferences
 from rlhf_fast.data import DataError
 from rlhf_fast.rewards import load_reward
-from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer, histogram
+from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer, histogram, statistics
 
 PRAISE, BLAME, NEUTRAL = ["good", "great", "fun"], ["bad", "dull", "awful"], ["movie", "plot", "the", "is", "very"]
 
@@ -168,6 +168,26 @@ def test_what_is_padded_does_not_count(kind):
     assert together.evaluate() == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_statistics_by_hand():
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    judged = preferences.collate(build(pairs(2)).examples, 0)
+    stats, margins = statistics("pairwise", [(judged, torch.tensor([[2.0, 0.0], [0.0, 1.0]]))])
+    assert margins.tolist() == [2, -1]
+    expected = {"accuracy": 0.5, "margin_mean": 0.5, "score_mean": 0.75, "score_std": math.sqrt(2.75 / 4)}
+    expected["ece"] = ((1 - sigmoid(2)) + sigmoid(1)) / 2  # each alone in its bin
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected)
+    data = [{"prompt": "a", "response": "b", "label": label} for label in (1, 0, 0.5)]
+    judged = preferences.collate(build(data).examples, 0)
+    stats, margins = statistics("pointwise", [(judged, torch.tensor([[1.0], [-2.0], [0.5]]))])
+    assert margins.tolist() == [1, 2, 0]
+    expected = {"accuracy": 2.5 / 3, "margin_mean": 1.0, "score_mean": -0.5 / 3}
+    expected["score_std"] = math.sqrt((1 + 4 + 0.25) / 3 - (0.5 / 3) ** 2)
+    expected["ece"] = ((1 - sigmoid(1)) + sigmoid(-2) + (sigmoid(0.5) - 0.5)) / 3
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected)
+
+
 def test_the_answers_to_a_prompt_are_read_in_one_forward_pass():
     trainer, calls = build(rankings(4), micro_batch_size=1), []
     trainer.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -276,6 +296,8 @@ def test_a_batch_that_teaches_nothing_changes_nothing():
 
 
 def test_what_does_not_fit_together_is_said():
+    with pytest.raises(ValueError, match="there is nothing to evaluate on"):
+        build(labels(2)).evaluate()
     with pytest.raises(ValueError, match="center_coef is for pairs, and these are data of the kind pointwise"):
         build(labels(2), center_coef=0.1)
     with pytest.raises(ValueError, match=r"calibration_data is for RewardConfig.normalise, which is false"):
