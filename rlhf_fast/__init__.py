@@ -39,10 +39,12 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "EvaluateConfig": "rlhf_fast.evaluation",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
+    "evaluate": "rlhf_fast.evaluation",
     "RewardConfig": "rlhf_fast.trainers.reward",
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "PPOConfig": "rlhf_fast.trainers.ppo",
@@ -53,6 +55,7 @@ __all__ = [
     "AdaptiveKL",
     "AdvantagesOutput",
     "EnsembleReward",
+    "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",
     "KLOutput",
@@ -69,6 +72,7 @@ __all__ = [
     "advantages",
     "distill_loss",
     "dpo_loss",
+    "evaluate",
     "gae",
     "generate",
     "group_advantages",

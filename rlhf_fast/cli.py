@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast COMMAND --flag value``; commands.py lists the commands."""
 
 import dataclasses
 import importlib
@@ -100,6 +100,9 @@ def run_command(name: str, argv: list[str]) -> None:
         generate(sources, config)
     elif name == "demo":
         importlib.import_module("rlhf_fast.demo").run_demo(config)
+    elif name == "evaluate":
+        sources["reward"] = None if sources["reward"] is None else reward_function(sources["reward"])
+        importlib.import_module("rlhf_fast.evaluation").evaluate(**sources, config=config)
     else:
         trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
         resume = sources.pop("resume")
@@ -122,6 +125,8 @@ def config_class(name: str) -> type:
         return GenerateConfig
     if name == "demo":
         return importlib.import_module("rlhf_fast.demo").DemoConfig  # type: ignore[no-any-return]
+    if name == "evaluate":
+        return importlib.import_module("rlhf_fast.evaluation.config").EvaluateConfig  # type: ignore[no-any-return]
     module = importlib.import_module(f"rlhf_fast.trainers.{name}")
     return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
 

@@ -116,6 +116,13 @@ class ModelReward:
         self.model, self.tokenizer, self.batch_size = model, load_tokenizer(model, tokenizer), batch_size
         self.special, self.reads_tokens = {*self.tokenizer.all_special_ids}, False
 
+    @property
+    def training_range(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the scores of its training data, where its config says so."""
+        config = unwrap(self.model).config
+        found = getattr(config, "score_mean", None), getattr(config, "score_std", None)
+        return None if None in found else found  # type: ignore[return-value]
+
     @torch.no_grad()
     def __call__(
         self,

@@ -33,8 +33,8 @@ LAYERS = (
         "shaping",
         "rewards",
     },
-    {"trainers"},
-    {"report", "demo"},
+    {"metrics", "report", "trainers"},
+    {"demo", "evaluation"},
     {"cli", "commands", "flags", "doctor"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -24,6 +24,7 @@ from rlhf_fast.trainers import checkpoint, learning
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.watch import note_range
 
 LIVE = ("loss", "accuracy", "eval_accuracy")
 
@@ -247,11 +248,14 @@ class RewardTrainer:
         models.unwrap(self.model).config.score_shift = numbers["score_shift"]
 
     def save_model(self, folder: Path) -> None:
-        """Write the reward model and its tokenizer as ``save_pretrained`` does.
+        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range.
 
         The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
         transformers' own forward does not: there the scores differ from ours by this constant.
         """
+        if self.done == self.steps and self.kind != "process":  # of whose scores the lowest counts
+            answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
+            note_range(self.model, answers, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)
 
 

@@ -305,7 +305,8 @@ def test_metrics_have_their_names_and_values(tmp_path):
     trainer.output_dir = tmp_path / "run"
     metrics = trainer.train()
     names = """loss policy_loss value_loss entropy kl approx_kl clipfrac value_clipfrac ratio_mean ratio_max scores
-        mismatch skipped rewards kl_coef response_length ended explained_variance lr grad_norm critic_grad_norm"""
+        first_approx_kl mismatch skipped rewards kl_coef response_length ended explained_variance lr grad_norm
+        critic_grad_norm"""
     assert set(metrics) == set(names.split())
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the policy before its first step

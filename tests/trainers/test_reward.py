@@ -280,6 +280,9 @@ def test_the_margins_of_every_evaluation_are_kept(tmp_path):
     assert (first["step"], last["step"]) == (1, 2)
     assert (sum(last["counts"]), len(last["counts"]), len(last["edges"])) == (10, 20, 21)
     assert sum(last["counts"][10:]) / 10 == pytest.approx(metrics["eval_accuracy"])
+    page = (tmp_path / "run/report.html").read_text()
+    assert 'aria-label="eval_margins"' in page
+    assert "held-out pairs or labels at step 2: those above 0 are told right" in page
     made = histogram(torch.tensor([-2.0, -0.1, 0.0, 0.3, 2.0, math.nan]), bins=4)
     assert made == {"edges": [-2, -1, 0, 1, 2], "counts": [1, 1, 2, 1]}
     assert sum(histogram(torch.tensor([]))["counts"]) == 0
