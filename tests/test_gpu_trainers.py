@@ -25,6 +25,11 @@ DEMOS = [
     {"text": "this is good"},
 ]
 PAIRS = [{"prompt": "the movie is", "chosen": f" good{' and fun' * i}", "rejected": " bad"} for i in range(4)]
+RANKED = [
+    {"prompt": "the", "responses": [" good", " bad", " fun"][: i + 1], "scores": [2, 0, 1][: i + 1]} for i in range(4)
+]
+STEPS = [{"prompt": "the", "steps": [" good", " bad"], "labels": [i % 2, None if i else 0.5]} for i in range(4)]
+JUDGED = {"reward": PAIRS, "ranking": RANKED, "process": STEPS}
 PROMPTS = [{"prompt": p} for p in ("the movie", "a plot was very", "I like this", "the")]
 
 
@@ -43,9 +48,10 @@ def build(kind, make=tiny_gpt2, precision="fp32"):
     if kind == "sft":
         config = SFTConfig(batch_size=4, micro_batch_size=3, **common)
         return SFTTrainer(make(TOKENIZER), data=DEMOS, tokenizer=TOKENIZER, config=config, eval_data=DEMOS)
-    if kind == "reward":
+    if kind in JUDGED:
         config = RewardConfig(batch_size=4, micro_batch_size=3, **common)
-        return RewardTrainer(make(TOKENIZER), data=PAIRS, tokenizer=TOKENIZER, config=config, eval_data=PAIRS)
+        given = {"data": JUDGED[kind], "eval_data": JUDGED[kind]}
+        return RewardTrainer(make(TOKENIZER), tokenizer=TOKENIZER, config=config, **given)
     config = PPOConfig(
         batch_size=4, minibatch_size=4, micro_batch_size=3, ppo_epochs=1, max_new_tokens=8, steps=3,
         entropy_coef=0.01, whiten_rewards=True, missing_eos_penalty=1.0, **common,
@@ -63,7 +69,7 @@ def first_step(kind, make, device):
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", *JUDGED, "ppo"])
 def test_a_step_has_the_numbers_of_the_cpu(kind, make):
     expected, found = (first_step(kind, make, device) for device in ("cpu", "cuda"))
     assert found.keys() == expected.keys()
@@ -72,7 +78,7 @@ def test_a_step_has_the_numbers_of_the_cpu(kind, make):
         assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", *JUDGED, "ppo"])
 def test_bfloat16_steps_and_keeps_float32_weights(kind):
     trainer = build(kind, precision="bf16")
     model = trainer.policy if kind == "ppo" else trainer.model
