@@ -106,7 +106,8 @@ class RewardTrainer:
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
             raise ValueError("calibration_data is for RewardConfig.normalise, which is false")
-        records = [None if d is None else read_records(d) for d in (data, eval_data, calibration_data)]
+        others = (None if d is None else read_records(d) for d in (eval_data, calibration_data))
+        records = [read_records(data), *others]
         self.kind = preferences.kind_of(records[0])
         if c.center_coef and self.kind != "pairwise":
             raise ValueError(f"RewardConfig.center_coef is for pairs, and these are data of the kind {self.kind}")

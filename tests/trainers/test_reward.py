@@ -299,6 +299,8 @@ def test_a_batch_that_teaches_nothing_changes_nothing():
 
 
 def test_what_does_not_fit_together_is_said():
+    with pytest.raises(TypeError, match=r"data must be a path, a list of dicts or a datasets.Dataset, got NoneType"):
+        build(None)
     with pytest.raises(ValueError, match="there is nothing to evaluate on"):
         build(labels(2)).evaluate()
     with pytest.raises(ValueError, match="center_coef is for pairs, and these are data of the kind pointwise"):
