@@ -32,7 +32,8 @@ from rlhf_fast.ops import (
     ppo_loss,
     sample,
 )
-from rlhf_fast.rewards import shape_rewards
+from rlhf_fast.rewards import EnsembleReward
+from rlhf_fast.shaping import shape_rewards
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "DPOTrainer",
     "DistillConfig",
     "DistillTrainer",
+    "EnsembleReward",
     "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",

@@ -102,7 +102,7 @@ def run_command(name: str, argv: list[str]) -> None:
     elif name == "demo":
         importlib.import_module("rlhf_fast.demo").run_demo(config)
     elif name == "evaluate":
-        sources["reward"] = None if sources["reward"] is None else reward_function(sources["reward"])
+        sources["reward"] = None if sources["reward"] is None else reward_functions(sources["reward"])
         importlib.import_module("rlhf_fast.evaluation").evaluate(**sources, config=config)
     else:
         train(name, sources, config)
@@ -115,7 +115,7 @@ def train(name: str, sources: dict[str, Any], config: Any) -> None:
     if plan is None:
         check_folder(folder, run=resume)  # before the models are loaded
     if sources.get("reward") is not None:
-        sources["reward"] = reward_function(sources["reward"])
+        sources["reward"] = reward_functions(sources["reward"])
 
     def make(config: Any, folder: Any) -> Any:
         model = sources["model"]
@@ -145,6 +145,13 @@ def config_class(name: str) -> type:
         return importlib.import_module("rlhf_fast.evaluation.config").EvaluateConfig  # type: ignore[no-any-return]
     module = importlib.import_module(f"rlhf_fast.trainers.{name}")
     return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
+
+
+def reward_functions(text: str) -> Any:
+    """What ``text`` names: a reward, or a list of those between its commas, the members of an ensemble."""
+    if Path(text).exists() or "," not in text:
+        return reward_function(text)
+    return [reward_function(part.strip()) for part in text.split(",")]
 
 
 def reward_function(text: str) -> Any:

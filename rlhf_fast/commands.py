@@ -4,7 +4,7 @@ from rlhf_fast.flags import Sources
 
 COMMANDS = {
     "sft": "teach a language model from demonstrations",
-    "reward": "train a reward model from pairs of answers",
+    "reward": "train a reward model from pairs, rankings, labelled answers or labelled steps",
     "ppo": "optimise a reward with PPO",
     "rrhf": "learn from several answers to each prompt, ranked by their scores",
     "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
@@ -17,6 +17,10 @@ COMMANDS = {
 }
 MODEL = "a folder or a Hub id"
 FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
+REWARD = (
+    f"a reward model ({MODEL}) or a function, package.module:function or file.py:function; several, with commas "
+    "between them, are an ensemble, of which the mean counts"
+)
 RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
 #: What every command that trains takes besides.
 SWEEP = ("a YAML file of config fields to search: a run in output_dir/trial-N for each trial", None)
@@ -32,15 +36,20 @@ SOURCES: dict[str, Sources] = {
     },
     "reward": {
         "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
-        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
-        "eval_data": ("held-out pairs", None),
+        "data": (
+            f"{FILES}; prompt with chosen and rejected, response and label, responses and scores, or steps and "
+            "labels: the columns say what is learned",
+            ...,
+        ),
+        "eval_data": ("held-out records of the same kind", None),
+        "calibration_data": ("records whose scores normalise moves to mean 0; data if absent", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
         "output_dir": ("a new folder for the run and its model", "runs/reward"),
         "resume": RESUME,
     },
     "ppo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "reward": (REWARD, ...),
         "prompts": (f"prompts: {FILES}", ...),
         "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
         "critic": (f"the model that the critic starts from: {MODEL}", None),
@@ -58,7 +67,7 @@ SOURCES: dict[str, Sources] = {
     },
     "grpo": {
         "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
+        "reward": (REWARD, ...),
         "prompts": (f"prompts: {FILES}", ...),
         "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
         "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),

@@ -18,11 +18,26 @@ ONLINE = "grpo, ppo"
 METRICS = {
     "scores": Metric("reward", "mean of what the reward said, before scaling and penalties", ONLINE),
     "eval_loss": Metric("as loss", "loss of the held-out data", "reward, sft"),
-    "eval_accuracy": Metric("share", "of the held-out pairs, those whose chosen answer scores higher", "reward"),
+    "eval_accuracy": Metric("share", "of the held-out pairs or labels, those that the scores tell right", "reward"),
+    "eval_ece": Metric("share", "expected calibration error of that", "reward"),
+    "eval_margin_mean": Metric("reward", "mean by which it is told right, negative where it is wrong", "reward"),
+    "eval_score_mean": Metric("reward", "mean score of the held-out answers or steps", "reward"),
+    "eval_score_std": Metric("reward", "their standard deviation", "reward"),
     "loss": Metric(
-        "varies", "what is minimised: nats per response token (sft) or pair (reward), policy and value loss (ppo)"
+        "varies",
+        "what is minimised: nats per response token (sft), per pair, ranking or label (reward), policy and value loss "
+        "(ppo)",
     ),
-    "accuracy": Metric("share", "of the pairs of the batch, those whose chosen answer scores higher", "reward"),
+    "accuracy": Metric(
+        "share",
+        "of the pairs of the batch, those whose better answer scores higher; of the labels, those on whose side of a "
+        "half the sigmoid of the score is; a tie counts half",
+        "reward",
+    ),
+    "ece": Metric("share", "expected calibration error: by how much confidence and accuracy differ", "reward"),
+    "margin_mean": Metric(
+        "reward", "mean score of the better answer less the worse; of a label, of the score on its side of 0", "reward"
+    ),
     "kl": Metric("nats", "KL from the reference: sum over a response, mean over responses; 0 without one", ONLINE),
     "entropy": Metric("nats", "of the policy's next token, mean over tokens; 0 while only the critic learns", ONLINE),
     "rewards": Metric("reward", "mean of what a response earns: its score less the penalties and the KL", ONLINE),
@@ -40,7 +55,7 @@ METRICS = {
     "ratio_mean": Metric("1", "mean ratio of new to old probability", ONLINE),
     "ratio_max": Metric("1", "largest ratio of any minibatch", ONLINE),
     "kl_coef": Metric("reward / nat", "price of the KL at this step", "ppo"),
-    "score_mean": Metric("reward", "mean score of both answers of the batch", "reward"),
+    "score_mean": Metric("reward", "mean score of the answers or steps of the batch", "reward"),
     "score_std": Metric("reward", "their standard deviation", "reward"),
     "grad_norm": Metric("1", "norm of the gradient before it is clipped"),
     "critic_grad_norm": Metric("1", "the same of the critic", "ppo"),

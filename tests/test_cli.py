@@ -212,6 +212,43 @@ def test_a_bad_reward_is_one_line(here, capsys):
         fails(capsys, f"{command} --quiet true", "reward")
 
 
+def test_rewards_with_commas_between_them_are_an_ensemble(here, capsys):
+    (here / "judge.py").write_text(
+        "def score(prompts, responses, **_):\n    return [3.0] * len(responses)\n"
+        "def other(prompts, responses, **_):\n    return [1.0] * len(responses)\n"
+    )
+    assert main([*PPO.replace("judge.py:score", "judge.py:score,judge.py:other").split(), "--quiet", "true"]) == 0
+    line = json.loads((here / "runs/ppo/metrics.jsonl").read_text().splitlines()[0])
+    assert line["scores"] == 2.0
+    fails(
+        capsys,
+        PPO.replace("judge.py:score", "judge.py:score,judge.py:none").replace("runs/ppo", "runs/two"),
+        "judge.py has no function none",
+    )
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "the movie is", "response": " good", "label": "true"},
+        {"prompt": "the movie is", "responses": [" good", " bad"], "scores": [1, 0]},
+        {"prompt": "the movie is", "steps": [" good", " fun"], "labels": [1, None]},
+    ],
+    ids=["label", "scores", "steps"],
+)
+def test_the_columns_say_what_a_reward_model_learns(here, capsys, record):
+    lines(here / "said.jsonl", [record] * 4)
+    command = "reward --model model --data said.jsonl --output_dir runs/{} --quiet true"
+    assert main(f"{command} --eval_data said.jsonl --normalise yes".format("one").split()) == 0
+    assert abs(json.loads((here / "runs/one/metrics.jsonl").read_text())["eval_score_mean"]) < 1e-6
+    lines(here / "said.jsonl", [record, PAIRS[0]])
+    fails(capsys, command.format("two"), "said.jsonl:2: it has chosen and rejected, and the records before it")
+    lines(here / "said.jsonl", [{"prompt": "a", "answer": "b"}])
+    fails(
+        capsys, command.format("two"), "said.jsonl:1: no columns that a reward model learns from, which are prompt, ch"
+    )
+
+
 def test_a_reward_that_raises_is_one_line_and_the_state_is_kept(here, capsys):
     (here / "judge.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nimport lexicon\n\n"

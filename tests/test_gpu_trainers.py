@@ -29,7 +29,12 @@ DEMOS = [
 ]
 PAIRS = [{"prompt": "the movie is", "chosen": f" good{' and fun' * i}", "rejected": " bad"} for i in range(4)]
 RANKED = [{"prompt": p, "responses": [" good and fun", " bad", " dull"], "scores": [2, 1, 1]} for p in ("the", "a")]
-KINDS = ["sft", "packed", "reward", "rrhf", "dpo", "distill", "ppo"]
+RANKINGS = [
+    {"prompt": "the", "responses": [" good", " bad", " fun"][: i + 1], "scores": [2, 0, 1][: i + 1]} for i in range(4)
+]
+STEPS = [{"prompt": "the", "steps": [" good", " bad"], "labels": [i % 2, None if i else 0.5]} for i in range(4)]
+JUDGED = {"reward": PAIRS, "ranking": RANKINGS, "process": STEPS}
+KINDS = ["sft", "packed", *JUDGED, "rrhf", "dpo", "distill", "ppo"]
 PROMPTS = [{"prompt": p} for p in ("the movie", "a plot was very", "I like this", "the")]
 
 
@@ -48,9 +53,10 @@ def build(kind, make=tiny_gpt2, precision="fp32"):
     if kind == "sft":
         config = SFTConfig(batch_size=4, micro_batch_size=3, **common)
         return SFTTrainer(make(TOKENIZER), data=DEMOS, tokenizer=TOKENIZER, config=config, eval_data=DEMOS)
-    if kind == "reward":
+    if kind in JUDGED:
         config = RewardConfig(batch_size=4, micro_batch_size=3, **common)
-        return RewardTrainer(make(TOKENIZER), data=PAIRS, tokenizer=TOKENIZER, config=config, eval_data=PAIRS)
+        given = {"data": JUDGED[kind], "eval_data": JUDGED[kind]}
+        return RewardTrainer(make(TOKENIZER), tokenizer=TOKENIZER, config=config, **given)
     given = {"tokenizer": TOKENIZER}
     if kind == "packed":
         config = SFTConfig(batch_size=4, packing=True, **common)

@@ -18,6 +18,7 @@ def write_page(folder: Path, kind: str, error: BaseException | None = None) -> P
     record = json.loads((folder / "run.json").read_text())
     warned = read_lines(folder / "warnings.jsonl") if (folder / "warnings.jsonl").exists() else []
     curves, still = _curves(lines)
+    curves += _margins(folder / "margins.jsonl")
     tables = []
     if warned:
         rows = [(w["step"], w["warning"]) for w in warned[-50:]]
@@ -54,6 +55,17 @@ def _curves(lines: list[dict[str, Any]]) -> tuple[list[Curve], list[tuple[str, A
         else:
             curves.append(Curve(name, {name: points}, note=unit + (metric.meaning if metric else "")))
     return curves, still
+
+
+def _margins(path: Path) -> list[Curve]:
+    """The margins of the last evaluation of a reward model, as a histogram."""
+    if not path.exists():
+        return []
+    last = read_lines(path)[-1]
+    edges = last["edges"]
+    shape = [((low + high) / 2, n) for low, high, n in zip(edges, edges[1:], last["counts"], strict=False)]
+    note = f"held-out pairs or labels at step {last['step']}: those above 0 are told right"
+    return [Curve("eval_margins", {"eval_margins": shape}, x="margin", note=note)]
 
 
 def _samples(path: Path) -> list[Sample]:

@@ -53,6 +53,7 @@ class Run:
         report.html         all of that as a page, also of a run that fails
         tensorboard/        the same numbers
         samples.jsonl       responses written during PPO
+        margins.jsonl       a histogram per evaluation of a reward model
         checkpoints/step-N  the last ``keep`` of them, each complete: it is renamed into place when all is written
         (the files of the final model, as ``save_pretrained`` names them)
     """
@@ -143,7 +144,7 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         lines = self.past = cut(self.folder / "metrics.jsonl", step)
-        for name in ("samples.jsonl", "warnings.jsonl"):
+        for name in ("samples.jsonl", "margins.jsonl", "warnings.jsonl"):
             cut(self.folder / name, step)
         for line in lines:
             self.metrics |= {name: value for name, value in line.items() if name not in ("step", "time")}

@@ -28,6 +28,7 @@ RANKED = [
     {"prompt": f"the {w}", "responses": [" was good", " awful", " was not bad"][:k], "scores": [1.0, 0.5, 2.0][:k]}
     for w, k in (("movie", 3), ("plot", 2), ("Bot", 3), ("good", 1))
 ]
+STEPS = [{"prompt": f"the {w}", "steps": [" was", " good"], "labels": [None, i % 2]} for i, w in enumerate("abc")]
 PROMPTS = [{"prompt": f"the {w} was"} for w in ("movie", "plot", "bad", "good", "dull")]
 
 
@@ -55,6 +56,9 @@ def make(kind: str, folder: Path):
         return rf.DPOTrainer(tiny_gpt2(), data=PAIRS, config=config, **common)
     if kind == "rrhf":
         return rf.RRHFTrainer(tiny_gpt2(), data=RANKED, config=rf.RRHFConfig(epochs=3, **numbers), **common)
+    if kind == "process":
+        config = rf.RewardConfig(epochs=3, normalise=True, eval_every=1, **numbers)
+        return rf.RewardTrainer(tiny_gpt2(), data=STEPS, eval_data=STEPS, config=config, **common)
     if kind == "grpo":
         config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
         return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
