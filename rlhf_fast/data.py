@@ -148,35 +148,6 @@ def ranked_examples(
     return nonempty(found, records, max_length)
 
 
-def ranked_examples(
-    records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
-) -> list[Ranked]:
-    """Scored answers: ``{"prompt", "responses", "scores"}``, the last two lists of one length, in CSV as JSON text.
-
-    A response is a string or what the assistant says, one message or several; their number may differ between prompts.
-    ``overlong`` as in ``sft_examples``, for the longest of a prompt. Raises ``DataError``.
-    """
-    found = []
-    for record in records:
-        prompt, said = columns.prompt_text(record, tokenizer), columns.entries(record, "responses")
-        numbers = columns.entries(record, "scores")
-        if len(said) != len(numbers):
-            raise DataError(f'{record.place}: {len(said)} "responses" and {len(numbers)} "scores": give one for each')
-        scores = [_number(record, f"score {i}", value) for i, value in enumerate(numbers, 1)]
-        before, answers = encode(tokenizer, prompt), []
-        for i, value in enumerate(said, 1):
-            one = Record(record | {f"response {i}": [value] if isinstance(value, dict) else value}, record.place)
-            text = columns.answer_text(one, f"response {i}", prompt, tokenizer)
-            answers.append(before + encode(tokenizer, text, start=False, end=True))
-        longest = max(map(len, answers))
-        if _fits(record, longest, len(before), max_length, overlong):
-            cut = f" up to max_length={max_length}" if max_length is not None and longest > max_length else ""
-            answers = [answer[:max_length] for answer in answers]
-            _check_alike(record, answers, scores, cut)
-            found.append(Ranked(answers, scores, len(before), record.place))
-    return _some(found, records, max_length)
-
-
 def prompt_examples(
     records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
 ) -> list[Prompt]:

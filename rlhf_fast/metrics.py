@@ -14,30 +14,34 @@ class Metric(NamedTuple):
 
 
 ONLINE = "grpo, ppo"
-#: name → what it is, the most telling ones first; report.html draws them in this order.
+PAIRED = "dpo, reward, rrhf"
+#: name → what it is, the most telling ones first; report.html draws them in this order. ``eval_`` before a name is that
+#: of the held-out data.
 METRICS = {
-    "scores": Metric("reward", "mean of what the reward said, before scaling and penalties", ONLINE),
-    "eval_loss": Metric("as loss", "loss of the held-out data", "reward, sft"),
-    "eval_accuracy": Metric("share", "of the held-out pairs or labels, those that the scores tell right", "reward"),
-    "eval_ece": Metric("share", "expected calibration error of that", "reward"),
-    "eval_margin_mean": Metric("reward", "mean by which it is told right, negative where it is wrong", "reward"),
-    "eval_score_mean": Metric("reward", "mean score of the held-out answers or steps", "reward"),
-    "eval_score_std": Metric("reward", "their standard deviation", "reward"),
+    "scores": Metric("reward", "mean of what the reward said, before scaling and penalties", "distill, grpo, ppo"),
     "loss": Metric(
         "varies",
-        "what is minimised: nats per response token (sft), per pair, ranking or label (reward), policy and value loss "
-        "(ppo)",
+        "what is minimised: nats per response token (sft), per pair, ranking, label or prompt (dpo, reward, rrhf), "
+        "policy and value loss (ppo)",
     ),
+    "rank_loss": Metric("nats", "of the loss: by how much worse answers are likelier, per prompt", "rrhf"),
+    "sft_loss": Metric("nats", "of the loss: that of the best answer, per prompt", "rrhf"),
+    "divergence": Metric("nats", "of student and teacher, mean over the response tokens", "distill"),
     "accuracy": Metric(
         "share",
-        "of the pairs of the batch, those whose better answer scores higher; of the labels, those on whose side of a "
-        "half the sigmoid of the score is; a tie counts half",
-        "reward",
+        "of the pairs of the batch, those in the order of the data: by score (reward), implied reward (dpo) or mean "
+        "logprob (rrhf); of labels, those on whose side of a half the sigmoid of the score is; a tie counts half",
+        PAIRED,
     ),
     "ece": Metric("share", "expected calibration error: by how much confidence and accuracy differ", "reward"),
+    "margin": Metric("reward", "mean implied reward of the chosen answer less that of the rejected", "dpo"),
     "margin_mean": Metric(
         "reward", "mean score of the better answer less the worse; of a label, of the score on its side of 0", "reward"
     ),
+    "chosen_reward": Metric("reward", "implied: beta times how much likelier it is than under the reference", "dpo"),
+    "rejected_reward": Metric("reward", "the same of the rejected answer", "dpo"),
+    "chosen_logprob": Metric("nats", "mean logprob of a chosen answer, summed over its tokens", "dpo"),
+    "rejected_logprob": Metric("nats", "the same of the rejected answer", "dpo"),
     "kl": Metric("nats", "KL from the reference: sum over a response, mean over responses; 0 without one", ONLINE),
     "entropy": Metric("nats", "of the policy's next token, mean over tokens; 0 while only the critic learns", ONLINE),
     "rewards": Metric("reward", "mean of what a response earns: its score less the penalties and the KL", ONLINE),
@@ -60,9 +64,14 @@ METRICS = {
     "grad_norm": Metric("1", "norm of the gradient before it is clipped"),
     "critic_grad_norm": Metric("1", "the same of the critic", "ppo"),
     "lr": Metric("1", "learning rate of the first group"),
-    "tokens": Metric("tokens", "response tokens of the batch", "sft"),
-    "skipped": Metric("batches", "left out so far because the reward raised", ONLINE),
+    "tokens": Metric("tokens", "response tokens of the batch", "distill, sft"),
+    "skipped": Metric("batches", "left out so far because the reward raised", "distill, grpo, ppo"),
 }
+
+
+def find(name: str) -> Metric | None:
+    """What ``name`` is; None where it is no metric."""
+    return METRICS.get(name.removeprefix("eval_"))
 
 
 def table() -> str:

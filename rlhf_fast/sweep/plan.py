@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.flags import read_config, suggestion
-from rlhf_fast.metrics import METRICS
+from rlhf_fast.metrics import METRICS, find
 from rlhf_fast.trainers.options import field_types, option, validate
 
 DIRECTIONS, PRUNERS = ("maximize", "minimize"), ("median", "halving", "none")
@@ -60,7 +60,7 @@ def read_plan(path: str | Path, config: Any) -> Plan:
         if key not in stored:
             raise ValueError(f"{path}: {key} is missing")
     metric, fields = stored["metric"], stored["fields"]
-    if not isinstance(metric, str) or metric not in METRICS:
+    if not isinstance(metric, str) or find(metric) is None:
         raise ValueError(f"{path}: there is no metric {metric!r}{suggestion(str(metric), METRICS)}")
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"{path}: fields must name config fields, each with low and high or with choices")

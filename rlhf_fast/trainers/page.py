@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.metrics import METRICS
+from rlhf_fast.metrics import METRICS, find
 from rlhf_fast.report import Curve, Sample, Table, number, read_lines, series, write_report
 
 MOST_LINES = 5000  # of metrics.jsonl that are read: more would take more than a second, and no chart is so wide
@@ -43,10 +43,11 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def _curves(lines: list[dict[str, Any]]) -> tuple[list[Curve], list[tuple[str, Any, str]]]:
     """A chart for each figure that changes, in the order of ``METRICS``; and those that do not, as rows."""
     written = dict.fromkeys(name for line in lines for name in line if name not in ("step", "time"))
-    names = [name for name in METRICS if name in written] + [name for name in written if name not in METRICS]
+    known = [name for base in METRICS for name in (f"eval_{base}", base) if name in written]
+    names = known + [name for name in written if name not in known]
     curves, still = [], []
     for name in names:
-        points, metric = series(lines, name), METRICS.get(name)
+        points, metric = series(lines, name), find(name)
         unit = f"{metric.unit}: " if metric and metric.unit not in ("1", "varies") else ""
         values = {value for _, value in points}
         if len(values) == 1:
