@@ -23,10 +23,10 @@ def drive(
     """
     found = run.open(total, resume=resume)
     deafen = _listen(run)
-    watch = Watch(run.config, training_range(trainer)).replay(run.past)
     told = getattr(trainer, "on_step", None)
     done, fault = 0, None
     try:
+        watch = Watch(run.config, training_range(trainer)).replay(run.past)
         if found is not None:
             trainer.restore(found)
             done = trainer.done

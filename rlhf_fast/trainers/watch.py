@@ -36,7 +36,7 @@ class Watch:
     """
 
     def __init__(self, config: Any = None, training_range: tuple[float, float] | None = None) -> None:
-        self.same = SAME[getattr(config, "precision", "fp32")]
+        self.same = SAME.get(getattr(config, "precision", "fp32"), SAME["fp32"])
         self.sampled = getattr(config, "old_logprobs", "recomputed") == "sampler"
         self.training_range = training_range
         self.recent: dict[str, deque[float]] = {}
