@@ -32,25 +32,42 @@ from rlhf_fast.ops import (
     ppo_loss,
     sample,
 )
-from rlhf_fast.rewards import shape_rewards
+from rlhf_fast.rewards import EnsembleReward
+from rlhf_fast.shaping import shape_rewards
 
 __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "DPOConfig": "rlhf_fast.trainers.dpo",
+    "DPOTrainer": "rlhf_fast.trainers.dpo",
+    "DistillConfig": "rlhf_fast.trainers.distill",
+    "DistillTrainer": "rlhf_fast.trainers.distill",
+    "EvaluateConfig": "rlhf_fast.evaluation",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
     "SFTTrainer": "rlhf_fast.trainers.sft",
+    "evaluate": "rlhf_fast.evaluation",
     "RewardConfig": "rlhf_fast.trainers.reward",
     "RewardTrainer": "rlhf_fast.trainers.reward",
     "PPOConfig": "rlhf_fast.trainers.ppo",
     "PPOTrainer": "rlhf_fast.trainers.ppo",
+    "RRHFConfig": "rlhf_fast.trainers.rrhf",
+    "RRHFTrainer": "rlhf_fast.trainers.rrhf",
+    "diverse_beams": "rlhf_fast.beams",
+    "sample_and_rank": "rlhf_fast.candidates",
 }
 
 __all__ = [
     "AdaptiveKL",
     "AdvantagesOutput",
+    "DPOConfig",
+    "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
+    "EnsembleReward",
+    "EvaluateConfig",
     "GRPOConfig",
     "GRPOTrainer",
     "KLOutput",
@@ -58,7 +75,9 @@ __all__ = [
     "PPOConfig",
     "PPOLossOutput",
     "PPOTrainer",
+    "RRHFConfig",
     "RRHFLossOutput",
+    "RRHFTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
@@ -66,7 +85,9 @@ __all__ = [
     "SampleOutput",
     "advantages",
     "distill_loss",
+    "diverse_beams",
     "dpo_loss",
+    "evaluate",
     "gae",
     "generate",
     "group_advantages",
@@ -80,6 +101,7 @@ __all__ = [
     "ranking_loss",
     "rrhf_loss",
     "sample",
+    "sample_and_rank",
     "shape_rewards",
     "whiten",
 ]

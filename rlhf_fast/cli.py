@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast COMMAND --flag value``; commands.py lists the commands."""
 
 import dataclasses
 import importlib
@@ -12,72 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_fast.flags import Parser, Sources, settings, suggestion
+from rlhf_fast.commands import COMMANDS, EXTRAS, SOURCES, SWEEP, TRAINERS
+from rlhf_fast.flags import Parser, settings, suggestion
 from rlhf_fast.trainers.options import option, validate
 from rlhf_fast.trainers.run import check_folder
-
-COMMANDS = {
-    "sft": "teach a language model from demonstrations",
-    "reward": "train a reward model from pairs of answers",
-    "ppo": "optimise a reward with PPO",
-    "grpo": "optimise a reward without a critic: GRPO, Dr. GRPO, RLOO, REINFORCE++",
-    "generate": "write responses to prompts",
-    "doctor": "show which implementation serves each op, and the versions",
-    "demo": "the three stages on a made-up language, with a report",
-}
-MODEL = "a folder or a Hub id"
-FILES = ".jsonl, .json, .csv or .parquet, also .gz of them"
-RESUME = ("true goes on with the run in output_dir from its last checkpoint", False)
-#: command → what it works on.
-SOURCES: dict[str, Sources] = {
-    "sft": {
-        "model": (f"the model to start from: {MODEL}", ...),
-        "data": (f"demonstrations: {FILES}; text, prompt and response, or messages", ...),
-        "eval_data": ("held-out demonstrations", None),
-        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/sft"),
-        "resume": RESUME,
-    },
-    "reward": {
-        "model": (f"the model to start from, often the result of sft: {MODEL}", ...),
-        "data": (f"pairs: {FILES}; prompt, chosen and rejected", ...),
-        "eval_data": ("held-out pairs", None),
-        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/reward"),
-        "resume": RESUME,
-    },
-    "ppo": {
-        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
-        "prompts": (f"prompts: {FILES}", ...),
-        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
-        "critic": (f"the model that the critic starts from: {MODEL}", None),
-        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/ppo"),
-        "resume": RESUME,
-    },
-    "grpo": {
-        "model": (f"the policy to start from, often the result of sft: {MODEL}", ...),
-        "reward": (f"a reward model ({MODEL}) or a function, package.module:function or file.py:function", ...),
-        "prompts": (f"prompts: {FILES}", ...),
-        "reference": (f"the model that the KL is taken from; the policy as it starts if absent: {MODEL}", None),
-        "tokenizer": (f"another tokenizer than the policy's: {MODEL}", None),
-        "output_dir": ("a new folder for the run and its model", "runs/grpo"),
-        "resume": RESUME,
-    },
-    "generate": {
-        "model": (f"the model that writes: {MODEL}", ...),
-        "prompt": ("a prompt", None),
-        "prompts": (f"prompts: {FILES}", None),
-        "output": ("a new .jsonl file for prompts and responses, instead of the terminal", None),
-        "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
-    },
-    "demo": {},
-}
-EXTRAS = (
-    "transformers", "accelerate", "tokenizers", "safetensors", "yaml", "tqdm", "rich", "matplotlib", "tensorboard",
-    "peft",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,19 +94,38 @@ def run_command(name: str, argv: list[str]) -> None:
         Parser(prog="rlhf-fast doctor", description=COMMANDS[name], allow_abbrev=False).parse_args(argv)
         print(doctor())
         return
-    sources, config = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
+    accepted = SOURCES[name] | ({"sweep": SWEEP} if name in TRAINERS else {})
+    sources, config = settings(name, COMMANDS[name], accepted, config_class(name), argv)
     quieten()
     if name == "generate":
         generate(sources, config)
     elif name == "demo":
         importlib.import_module("rlhf_fast.demo").run_demo(config)
+    elif name == "evaluate":
+        sources["reward"] = None if sources["reward"] is None else reward_functions(sources["reward"])
+        importlib.import_module("rlhf_fast.evaluation").evaluate(**sources, config=config)
     else:
-        trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
-        resume = sources.pop("resume")
-        check_folder(sources["output_dir"], run=resume)  # before the models are loaded
-        if "reward" in sources:
-            sources["reward"] = reward_function(sources["reward"])
-        trainer(sources.pop("model"), **sources, config=config).train(resume=resume)
+        train(name, sources, config)
+
+
+def train(name: str, sources: dict[str, Any], config: Any) -> None:
+    """One run of a trainer, or the sweep of many."""
+    trainer = getattr(importlib.import_module(f"rlhf_fast.trainers.{name}"), TRAINERS[name])
+    resume, plan, folder = (sources.pop(source) for source in ("resume", "sweep", "output_dir"))
+    if plan is None:
+        check_folder(folder, run=resume)  # before the models are loaded
+    if sources.get("reward") is not None:
+        sources["reward"] = reward_functions(sources["reward"])
+
+    def make(config: Any, folder: Any) -> Any:
+        model = sources["model"]
+        rest = {source: value for source, value in sources.items() if source != "model"}
+        return trainer(model, **rest, output_dir=folder, config=config)
+
+    if plan is None:
+        make(config, folder).train(resume=resume)
+    else:
+        importlib.import_module("rlhf_fast.sweep").sweep(make, config, plan, folder, resume=resume)
 
 
 def quieten() -> None:
@@ -178,17 +135,23 @@ def quieten() -> None:
     logging.set_verbosity_error()
 
 
-TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "ppo": "PPOTrainer", "grpo": "GRPOTrainer"}
-
-
 def config_class(name: str) -> type:
     """The config dataclass of command ``name``; only its own module is imported."""
     if name == "generate":
         return GenerateConfig
     if name == "demo":
         return importlib.import_module("rlhf_fast.demo").DemoConfig  # type: ignore[no-any-return]
+    if name == "evaluate":
+        return importlib.import_module("rlhf_fast.evaluation.config").EvaluateConfig  # type: ignore[no-any-return]
     module = importlib.import_module(f"rlhf_fast.trainers.{name}")
     return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
+
+
+def reward_functions(text: str) -> Any:
+    """What ``text`` names: a reward, or a list of those between its commas, the members of an ensemble."""
+    if Path(text).exists() or "," not in text:
+        return reward_function(text)
+    return [reward_function(part.strip()) for part in text.split(",")]
 
 
 def reward_function(text: str) -> Any:

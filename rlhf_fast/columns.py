@@ -1,5 +1,6 @@
 """Columns to text: what a record says as prompt and answers, be they strings or conversations."""
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,23 @@ def split_pair(record: Record) -> Record:
     if not shared:
         raise DataError(f'{record.place}: "prompt" is missing, and "chosen" and "rejected" begin with different words')
     return Record(record | {"prompt": a[:shared], "chosen": a[shared:], "rejected": b[shared:]}, record.place)
+
+
+def entries(record: Record, name: str) -> list[Any]:
+    """The list in column ``name``, which a CSV file holds as JSON text; at least one entry."""
+    value = record.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(f'{record.place}: "{name}" must be a list, got a text that is not one in JSON') from None
+    if value is None:
+        raise DataError(f'{record.place}: "{name}" is missing')
+    if not isinstance(value, list):
+        raise DataError(f'{record.place}: "{name}" must be a list, got {kind(value)}')
+    if not value:
+        raise DataError(f'{record.place}: "{name}" is empty')
+    return value
 
 
 def messages(record: Record, name: str) -> list[dict[str, Any]]:

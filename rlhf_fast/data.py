@@ -16,8 +16,8 @@ from rlhf_fast import columns
 from rlhf_fast.records import DataError, Record, read_records
 
 __all__ = [
-    "DataError", "Example", "Pair", "Prompt", "Record", "encode", "pad", "pair_examples", "prompt_examples",
-    "read_records", "sft_examples",
+    "DataError", "Example", "Pair", "Prompt", "Ranked", "Record", "encode", "pad", "pair_examples", "prompt_examples",
+    "ranked_examples", "read_records", "sft_examples",
 ]  # fmt: skip
 OVERLONG = ("error", "truncate", "drop")
 
@@ -39,6 +39,16 @@ class Pair:
     rejected: list[int]
     prompt_length: int  # in tokens; the rest of both is the answer
     margin: float | None  # by how much the chosen answer is better, if the data says so
+    place: str
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """K answers to one prompt, each with the prompt before it."""
+
+    answers: list[list[int]]
+    scores: list[float]  # larger = better
+    prompt_length: int  # in tokens; the rest of each is the answer
     place: str
 
 
@@ -74,9 +84,9 @@ def sft_examples(
             ids, mask = _join(tokenizer, [(prompt, False), (answer, True)])
         else:
             raise DataError(f'{record.place}: it has no "text", no "prompt" and "response", and no "messages"')
-        if _fits(record, len(ids), mask.index(True), max_length, overlong):
+        if fits(record, len(ids), mask.index(True), max_length, overlong):
             found.append(Example(ids[:max_length], mask[:max_length], record.place))
-    return _some(found, records, max_length)
+    return nonempty(found, records, max_length)
 
 
 def pair_examples(
@@ -101,12 +111,41 @@ def pair_examples(
             raise DataError(f'{record.place}: "chosen" and "rejected" are the same')
         before = encode(tokenizer, prompt)
         chosen, rejected = (before + encode(tokenizer, answer, start=False, end=True) for answer in said)
-        if _fits(record, max(len(chosen), len(rejected)), len(before), max_length, overlong):
+        if fits(record, max(len(chosen), len(rejected)), len(before), max_length, overlong):
             chosen, rejected = chosen[:max_length], rejected[:max_length]
             if chosen == rejected:
                 raise DataError(f"{record.place}: the two answers are the same up to max_length={max_length}")
             found.append(Pair(chosen, rejected, len(before), _margin(record), record.place))
-    return _some(found, records, max_length)
+    return nonempty(found, records, max_length)
+
+
+def ranked_examples(
+    records: list[Record], tokenizer: Any, *, max_length: int | None = None, overlong: str = "error"
+) -> list[Ranked]:
+    """Scored answers: ``{"prompt", "responses", "scores"}``, the last two lists of one length, in CSV as JSON text.
+
+    A response is a string or what the assistant says, one message or several; their number may differ between prompts.
+    ``overlong`` as in ``sft_examples``, for the longest of a prompt. Raises ``DataError``.
+    """
+    found = []
+    for record in records:
+        prompt, said = columns.prompt_text(record, tokenizer), columns.entries(record, "responses")
+        numbers = columns.entries(record, "scores")
+        if len(said) != len(numbers):
+            raise DataError(f'{record.place}: {len(said)} "responses" and {len(numbers)} "scores": give one for each')
+        scores = [_number(record, f"score {i}", value) for i, value in enumerate(numbers, 1)]
+        before, answers = encode(tokenizer, prompt), []
+        for i, value in enumerate(said, 1):
+            one = Record(record | {f"response {i}": [value] if isinstance(value, dict) else value}, record.place)
+            text = columns.answer_text(one, f"response {i}", prompt, tokenizer)
+            answers.append(before + encode(tokenizer, text, start=False, end=True))
+        longest = max(map(len, answers))
+        if fits(record, longest, len(before), max_length, overlong):
+            cut = f" up to max_length={max_length}" if max_length is not None and longest > max_length else ""
+            answers = [answer[:max_length] for answer in answers]
+            _check_alike(record, answers, scores, cut)
+            found.append(Ranked(answers, scores, len(before), record.place))
+    return nonempty(found, records, max_length)
 
 
 def prompt_examples(
@@ -134,7 +173,7 @@ def prompt_examples(
             )
         if max_length is None or len(ids) <= max_length:
             found.append(Prompt(prompt, ids, {name: record.get(name) for name in names}, record.place))
-    return _some(found, records, max_length)
+    return nonempty(found, records, max_length)
 
 
 def pad(
@@ -185,7 +224,7 @@ def _join(tokenizer: Any, pieces: list[tuple[str, bool]]) -> tuple[list[int], li
     return ids, mask
 
 
-def _fits(record: Record, length: int, first: int, max_length: int | None, overlong: str) -> bool:
+def fits(record: Record, length: int, first: int, max_length: int | None, overlong: str) -> bool:
     """Whether ``record`` of ``length`` tokens is kept. Raises ``DataError`` if it is too long and must stay whole."""
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
@@ -202,21 +241,33 @@ def _fits(record: Record, length: int, first: int, max_length: int | None, overl
     )
 
 
+def _check_alike(record: Record, answers: list[list[int]], scores: list[float], cut: str) -> None:
+    """Raise ``DataError`` where one answer has two scores."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, answer in enumerate(answers):
+        j = first.setdefault(tuple(answer), i)
+        if scores[i] != scores[j]:
+            raise DataError(f"{record.place}: responses {j + 1} and {i + 1} are the same{cut}, and their scores differ")
+
+
 def _margin(record: Record) -> float | None:
     """The number in the column ``margin``, None where there is none; a CSV file has it as text."""
     value = record.get("margin")
-    if value is None or value == "":
-        return None
+    return None if value is None or value == "" else _number(record, "margin", value)
+
+
+def _number(record: Record, name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f'{record.place}: "margin" must be a finite number, got {value!r}')
+        raise DataError(f'{record.place}: "{name}" must be a finite number, got {value!r}')
     return number
 
 
-def _some(found: list[Any], records: list[Record], max_length: int | None) -> list[Any]:
+def nonempty(found: list[Any], records: list[Record], max_length: int | None) -> list[Any]:
+    """``found``, the examples of ``records``. Raises ``DataError`` if all of them were left out."""
     if not found and records:
         raise DataError(f"{records[0].place}: this and all other records are longer than max_length={max_length}")
     return found

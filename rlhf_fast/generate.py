@@ -46,7 +46,7 @@ def decode(
     of a row are NaN or infinite.
     """
     (batch, width), device = prompt_ids.shape, prompt_ids.device
-    _check(model, prompt_mask, max_new_tokens)
+    check_prompts(model, prompt_mask, max_new_tokens)
     if seeds is None:
         seeds = torch.randint(2**62, (batch,))
     seeds = seeds.to(device)
@@ -147,7 +147,16 @@ def generate(
 
 def texts_of(written: Generation, tokenizer: Any) -> list[str]:
     """The responses as text, without special tokens."""
-    kept = [ids[mask].tolist() for ids, mask in zip(written.responses.cpu(), written.mask.cpu(), strict=True)]
+    return spoken(written.responses, written.mask, tokenizer)
+
+
+def spoken(
+    ids: Tensor,  # [B, T]
+    mask: Tensor,  # [B, T], bool
+    tokenizer: Any,
+) -> list[str]:
+    """The text of the tokens of each row that are there, without special tokens."""
+    kept = [row[there].tolist() for row, there in zip(ids.cpu(), mask.cpu(), strict=True)]
     return list(tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -159,6 +168,20 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *more})
 
 
+def check_prompts(
+    model: Any,
+    prompt_mask: Tensor,  # [B, P], bool
+    max_new_tokens: int,
+) -> None:
+    """Raise ``ValueError`` where a prompt is empty, padded on the right, or leaves no room for ``max_new_tokens``."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not bool(prompt_mask[:, -1:].all()) or prompt_mask.shape[1] == 0:
+        raise ValueError("decode: every prompt must have a token, and be padded on the left")
+    lengths = prompt_mask.sum(1).tolist()
+    _check_room(model, lengths, max_new_tokens, [f"prompt {i + 1}" for i in range(len(lengths))])
+
+
 def _encode(record: Record, tokenizer: Any) -> list[int]:
     from rlhf_fast.columns import prompt_text
 
@@ -166,15 +189,6 @@ def _encode(record: Record, tokenizer: Any) -> list[int]:
     if not ids:
         raise DataError(f"{record.place}: it is empty")
     return ids
-
-
-def _check(model: Any, prompt_mask: Tensor, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not bool(prompt_mask[:, -1:].all()) or prompt_mask.shape[1] == 0:
-        raise ValueError("decode: every prompt must have a token, and be padded on the left")
-    lengths = prompt_mask.sum(1).tolist()
-    _check_room(model, lengths, max_new_tokens, [f"prompt {i + 1}" for i in range(len(lengths))])
 
 
 def _check_room(model: Any, lengths: list[int], max_new_tokens: int, places: list[str]) -> None:

@@ -165,6 +165,9 @@ def token_values(
 ) -> Tensor:
     """``[B, L]``, the scalar head at every position, in float32 (float64 for a float64 model); 0 where masked.
 
+    ``score_shift`` is added where the model's config has it, which moves the mean of its scores to 0: it has no place
+    in the head, which in transformers has no bias. Transformers' own forward gives the scores without it.
+
     Raises ``ValueError`` where the model has no head ``score`` with one output per token.
     """
     head = getattr(unwrap(model), "score", None)
@@ -180,7 +183,8 @@ def token_values(
         else:
             values = head(hidden.to(next(head.parameters()).dtype))
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.where(mask.bool(), values.squeeze(-1), 0)
+    shift = getattr(unwrap(model).config, "score_shift", 0.0)
+    return torch.where(mask.bool(), values.squeeze(-1) + shift, 0)
 
 
 def sequence_scores(

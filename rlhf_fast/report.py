@@ -48,9 +48,12 @@ def write_report(
     tables: Iterable[Table] | None = None,
     curves: Iterable[Curve] | None = None,
     samples: Iterable[Sample] | None = None,
+    appendix: Iterable[Table] = (),
     environment: str | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path; what is not given is read from the run in ``folder``.
+
+    The tables of ``appendix`` stand at the end, folded up.
 
     Read are ``metrics.jsonl`` (a curve for every number), ``samples.jsonl`` (the last ones) and ``run.json`` (the
     trainer, its config, the versions). Raises ``ValueError`` if ``folder`` holds none of what is to be read, naming a
@@ -72,6 +75,7 @@ def write_report(
     parts += ["<h2>Curves</h2>", "<div class=charts>", *charts, "</div>"] if charts else []
     shown = [_sample(sample) for sample in samples]
     parts += ["<h2>Samples</h2>", *shown] if shown else []
+    parts += [f"<details><summary>{escape(t.title)}</summary>{_table(t, titled=False)}</details>" for t in appendix]
     parts += [f"<footer>{escape(environment)}</footer>"] if environment else []
     name = escape(title or f"{record.get('trainer', folder.name)} run")
     page = PAGE.replace("{style}", STYLE).replace("{title}", name).replace("{body}", "\n".join(parts))
@@ -112,12 +116,13 @@ def _last_samples(path: Path) -> list[Sample]:
     return [Sample(s["prompt"], {f"step {s.get('step')}": (s["response"], s.get("score"))}) for s in last]
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, *, titled: bool = True) -> str:
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in table.header)
     body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table.rows)
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     scroll = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    return f"<section><h2>{escape(table.title)}</h2>{scroll}{note}</section>"
+    title = f"<h2>{escape(table.title)}</h2>" if titled else ""
+    return f"<section>{title}{scroll}{note}</section>"
 
 
 def _cell(cell: Any) -> str:
@@ -233,7 +238,9 @@ th { color: var(--soft); font-weight: 600; font-size: .85rem }
 td.good, td.bad { white-space: nowrap }
 .note, footer { color: var(--soft); font-size: .85rem; margin: 8px 0 0 }
 footer { margin-top: 40px }
-.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)) }
+details { margin: 24px 0 0 }
+details summary { cursor: pointer; font-size: 1.15rem; font-weight: 700 }
+.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px }
 figcaption { font-size: .9rem; margin: 0 0 6px }
 .key { margin-left: 12px; color: var(--soft); white-space: nowrap }

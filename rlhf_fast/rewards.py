@@ -1,6 +1,5 @@
-"""Rewards: what scores a response, and how a score and the KL become one reward per token."""
+"""Rewards: what scores a response: a function, a reward model, or an ensemble of them."""
 
-import math
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,129 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.data import encode, pad
-from rlhf_fast.losses import kl_estimate
 from rlhf_fast.models import (
     check_tokens,
     context_length,
     evaluating,
     load_scalar_model,
     load_tokenizer,
-    sequence_scores,
+    token_values,
     unwrap,
 )
-from rlhf_fast.ops.advantages import PLACES
-from rlhf_fast.ops.checks import FLOATS, check_choice, check_tensor
-from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
+from rlhf_fast.ops.checks import check_choice
+from rlhf_fast.preferences import split_steps, step_tokens
 from rlhf_fast.pretrained import is_scalar, read_config
+from rlhf_fast.shaping import RunningMoments as RunningMoments
+from rlhf_fast.shaping import overlong_penalty as overlong_penalty
+from rlhf_fast.shaping import shape_rewards as shape_rewards
 
-
-def shape_rewards(
-    scores: Tensor,  # [B] or [B, T]
-    logprobs: Tensor,  # [B, T]
-    ref_logprobs: Tensor,  # [B, T]
-    mask: Tensor,  # [B, T], bool
-    *,
-    kl_coef: float | Tensor,  # number or 0-d
-    kl: str = "k1",
-    at: str = "last",
-    clip_scores: float | None = None,
-) -> Tensor:
-    """The reward of every token (Ziegler et al. 2019): ``r_t = -kl_coef * k_t``, plus the score where it lands.
-
-    Args:
-        scores: one per response, or one per token, in units of reward.
-        logprobs: of the response tokens under the policy that wrote them, in nats.
-        ref_logprobs: the same under the reference.
-        mask: True on response tokens; what is stored elsewhere is never used.
-        kl_coef: price of a nat.
-        kl: the estimator ``k_t``, as in ``kl_estimate``: k1, k2, k3 or abs.
-        at: a score of a response lands on its last valid token (``"last"``) or on the token after that (``"next"``,
-            TRL's PPO), which is masked; where no column is left for it, on the last valid one.
-        clip_scores: scores are clipped to ``[-clip_scores, clip_scores]`` before.
-
-    Returns:
-        ``[B, T]``, float32, or float64 if an input is. 0 where masked, but for the score with ``"next"``, and in a row
-        without a valid token.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or choice.
-    """
-    check_tensor("shape_rewards", "logprobs", logprobs, dtypes=FLOATS)
-    if logprobs.dim() != 2:
-        raise ValueError(f"shape_rewards: logprobs must be [B, T], got {list(logprobs.shape)}")
-    like: dict[str, Any] = {"rule": "like logprobs", "device": logprobs.device, "shape": logprobs.shape}
-    check_tensor("shape_rewards", "ref_logprobs", ref_logprobs, dtypes=FLOATS, **like)
-    check_tensor("shape_rewards", "mask", mask, dtypes=(torch.bool,), **like)
-    check_tensor("shape_rewards", "scores", scores, dtypes=FLOATS, device=logprobs.device)
-    if scores.shape not in (logprobs.shape, logprobs.shape[:1]):
-        raise ValueError(f"shape_rewards: scores must be [B] or [B, T] of {list(mask.shape)}, got {list(scores.shape)}")
-    check_choice("shape_rewards", "kl", kl, KL_ESTIMATES)
-    check_choice("shape_rewards", "at", at, PLACES)
-    if clip_scores is not None and not clip_scores > 0:
-        raise ValueError(f"shape_rewards: clip_scores must be above 0, got {clip_scores}")
-    dtype = torch.promote_types(torch.promote_types(logprobs.dtype, ref_logprobs.dtype), torch.float32)
-    dtype = torch.promote_types(dtype, scores.dtype)
-    scores = scores.to(dtype) if clip_scores is None else scores.to(dtype).clamp(-clip_scores, clip_scores)
-    # Selected before the arithmetic: a NaN times 0 would leak, into the gradient too.
-    both = (torch.where(mask, x.to(dtype), 0) for x in (logprobs, ref_logprobs))
-    # A price of 0 is no price, even where the KL is infinite.
-    rewards = torch.where(mask & (kl_coef != 0), -kl_coef * kl_estimate(*both, kind=kl), 0)
-    if mask.numel() == 0:
-        return rewards
-    if scores.dim() == 2:
-        return rewards + torch.where(mask, scores, 0)
-    position = torch.arange(mask.shape[1], device=mask.device)
-    landing = torch.where(mask, position, -1).amax(-1, keepdim=True)
-    if at == "next":
-        landing = torch.where(landing < 0, landing, (landing + 1).clamp(max=mask.shape[1] - 1))
-    return rewards + torch.where(position == landing, scores[:, None], 0)
-
-
-def overlong_penalty(
-    lengths: Tensor,  # [B]
-    *,
-    longest: int,
-    buffer: int,
-) -> Tensor:
-    """What a long response loses, ``[B]`` in 0..1: 0 up to ``longest - buffer`` tokens, then linear, 1 at ``longest``.
-
-    The soft punishment of DAPO (Yu et al. 2025), as a positive number. Raises ``ValueError`` unless the buffer is
-    between 1 and ``longest``.
-    """
-    if not 1 <= buffer <= longest:
-        raise ValueError(f"overlong_penalty: buffer must be between 1 and {longest}, got {buffer}")
-    return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
-
-
-class RunningMoments:
-    """Mean and variance of all scores so far, merged batch by batch (Chan et al. 1979) in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, scores: Tensor) -> None:
-        """Take in a batch ``[B]``; waits for the device."""
-        values = scores.double()
-        count, mean = values.numel(), float(values.mean()) if values.numel() else 0.0
-        squares, total = float(((values - mean) ** 2).sum()), self.count + count
-        gap = mean - self.mean
-        self.squares += squares + gap**2 * self.count * count / max(total, 1)
-        self.mean += gap * count / max(total, 1)
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """The unbiased standard deviation; 1 for fewer than two scores, or where all are equal."""
-        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
-        return math.sqrt(variance) if variance > 0 else 1.0
-
-    def state_dict(self) -> dict[str, float]:
-        """What changes while training."""
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a ``state_dict``."""
-        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+COMBINATIONS = ("mean", "worst", "mean_minus_std")
 
 
 def load_reward(
@@ -140,42 +33,54 @@ def load_reward(
 ) -> Callable[..., Any]:
     """A reward from a path, a Hub id, a module with a scalar head or a ``callable(prompts, responses, **columns)``.
 
-    A callable is returned itself. A model goes to ``device``, or stays where it is. It reads prompt and response with
+    A list of them is an ensemble of which the mean counts; an ``EnsembleReward`` says another combination. A callable
+    is returned itself. A model goes to ``device``, or stays where it is. It reads prompt and response with
     the tokenizer saved beside it, or with ``tokenizer``, the policy's, where there is none or ``source`` is a module.
     Raises ``ValueError`` where ``source`` is a language model: a new scalar head would score at random.
     """
+    if isinstance(source, (list, tuple)):
+        source = EnsembleReward(source)
+    if isinstance(source, EnsembleReward):
+        source.load(tokenizer, batch_size=batch_size, device=device)
+        return source
     if isinstance(source, (str, Path)):
         config = read_config(source)
         if not is_scalar(config):
             raise ValueError(f"{source} holds a language model, not a reward model: train one on preferences first")
         model = load_scalar_model(source).to(device)
-        return ModelReward(model, _own_tokenizer(source, tokenizer), batch_size=batch_size)
-    if isinstance(source, nn.Module):
+        source = ModelReward(model, _own_tokenizer(source, tokenizer), batch_size=batch_size)
+    elif isinstance(source, nn.Module):
         if not hasattr(unwrap(source), "score"):
             raise ValueError(f"{type(source).__name__} has no scalar head (score), so that it cannot be the reward")
-        return ModelReward(source.to(device), tokenizer, batch_size=batch_size)
+        source = ModelReward(source.to(device), tokenizer, batch_size=batch_size)
+    if isinstance(source, ModelReward) and tokenizer is not None:
+        source.reads_tokens = source.tokenizer.get_vocab() == tokenizer.get_vocab()
     if not callable(source):
         raise TypeError(f"the reward must be a path, a module or a callable, got {type(source).__name__}")
     return source  # type: ignore[no-any-return]
 
 
 class RewardError(ValueError):
-    """A reward function raised something."""
+    """A reward function raised something, or a reward model has no room for a text."""
 
 
 def ask(
-    reward: Callable[..., Any], prompts: Sequence[str], responses: Sequence[str], columns: dict[str, list[Any]]
+    reward: Callable[..., Any],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: dict[str, list[Any]],
+    response_ids: Sequence[list[int]] | None = None,
 ) -> Any:
-    """What ``reward`` returns.
+    """What ``reward`` returns; a reward model and an ensemble are given the tokens of the responses as well.
 
     Raises ``RewardError`` that names the line of a function which raised something, and the prompt on which it does so:
     for that it is called again, with one prompt at a time.
     """
+    if isinstance(reward, (ModelReward, EnsembleReward)):
+        return reward(prompts, responses, **columns | {"response_ids": response_ids})
     try:
         return reward(prompts, responses, **columns)
     except Exception as error:
-        if isinstance(reward, ModelReward):
-            raise
         frames = traceback.extract_tb(error.__traceback__)
         place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
         said = f": {error}" if str(error) else ""
@@ -198,23 +103,49 @@ def _culprit(
 
 
 class ModelReward:
-    """A reward model as a callable: the scalar at the end token of prompt and response."""
+    """A reward model as a callable: the scalar at the end token of prompt and response.
+
+    A model that was taught steps (``step_separator`` in its config) reads a score at the end of each step of the
+    response, and the lowest counts: an answer is as good as its worst step (Lightman et al. 2023).
+
+    ``reads_tokens``: the policy has the same tokens. Then its own are read, as it wrote them, rather than those of the
+    text: half a character, say, is one token, and three as a text.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
         self.model, self.tokenizer, self.batch_size = model, load_tokenizer(model, tokenizer), batch_size
+        self.special, self.reads_tokens = {*self.tokenizer.all_special_ids}, False
+
+    @property
+    def training_range(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of the scores of its training data, where its config says so."""
+        config = unwrap(self.model).config
+        found = getattr(config, "score_mean", None), getattr(config, "score_std", None)
+        return None if None in found else found  # type: ignore[return-value]
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **_columns: Any) -> Tensor:
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        *,
+        response_ids: Sequence[list[int]] | None = None,
+        **_columns: Any,
+    ) -> Tensor:
         """``[B]`` scores, float32, on the model's device.
 
-        Raises ``ValueError`` where a text exceeds its context or has a token that the model does not know.
+        Raises ``RewardError`` where a text exceeds its context, ``ValueError`` where it has a token that the model does
+        not know.
         """
         limit, device = context_length(self.model), next(self.model.parameters()).device
-        texts = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            texts.append(encode(self.tokenizer, prompt) + encode(self.tokenizer, response, start=False, end=True))
+        texts, ends = [], []
+        written = [None] * len(responses) if response_ids is None or not self.reads_tokens else response_ids
+        for prompt, response, own in zip(prompts, responses, written, strict=True):
+            before, (answer, places) = encode(self.tokenizer, prompt), self._read(response, own)
+            texts.append(before + answer)
+            ends.append([len(before) + place for place in places])
             if limit is not None and len(texts[-1]) > limit:
-                raise ValueError(
+                raise RewardError(
                     f"the reward model's context of {limit} tokens is too short for a prompt and response of "
                     f"{len(texts[-1])}: {_short(prompt)}"
                 )
@@ -225,8 +156,84 @@ class ModelReward:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 ids, mask = pad([texts[i] for i in rows], self.tokenizer.pad_token_id)
-                scores[rows] = sequence_scores(self.model, ids.to(device), mask.to(device)).float()
+                places, there = (x.to(device) for x in pad([ends[i] for i in rows], 0))
+                found = token_values(self.model, ids.to(device), mask.to(device)).gather(1, places)
+                scores[rows] = torch.where(there, found, torch.inf).amin(1).float()
         return scores
+
+    def _read(self, response: str, own: list[int] | None) -> tuple[list[int], list[int]]:
+        """The tokens of ``response``, its ``own`` if there are any, and the places at which a score is read."""
+        separator = getattr(unwrap(self.model).config, "step_separator", None)
+        if separator is not None:
+            return step_tokens(self.tokenizer, split_steps(response, separator), separator)
+        if own is None:
+            ids = encode(self.tokenizer, response, start=False, end=True)
+        else:  # a text has no special tokens either
+            ids = [*(i for i in own if i not in self.special), self.tokenizer.eos_token_id]
+        return ids, [len(ids) - 1]
+
+
+class EnsembleReward:
+    """Several rewards as one, which is harder to fool than each of them (Coste et al. 2023).
+
+    Train the members as reward models with different ``RewardConfig.seed``: their heads begin apart, and they see the
+    data in different orders. After a call ``uncertainty [B]`` is the standard deviation of the members' scores.
+
+    Args:
+        members: two or more of what a trainer takes as ``reward``: paths, modules, callables; one score per response.
+        combine: ``"mean"``; ``"worst"``, the lowest; or ``"mean_minus_std"``, the mean less ``caution`` times their
+            standard deviation. Scores of models can be compared if each was trained with ``RewardConfig.normalise``.
+        caution: what a unit of disagreement costs.
+    """
+
+    def __init__(self, members: Sequence[Any], *, combine: str = "mean", caution: float = 1.0) -> None:
+        if isinstance(members, str) or len(members) < 2:
+            raise ValueError("an ensemble needs two members or more, that they may disagree")
+        check_choice("EnsembleReward", "combine", combine, COMBINATIONS)
+        if not 0 <= caution < torch.inf:
+            raise ValueError(f"EnsembleReward: caution must be finite and not negative, got {caution}")
+        self.members, self.combine, self.caution = list(members), combine, caution
+        self.rewards: list[Callable[..., Any]] = []
+        self.uncertainty: Tensor | None = None
+
+    def load(self, tokenizer: Any = None, **options: Any) -> None:
+        """Turn the members into ``rewards`` by ``load_reward``, whose arguments these are; the trainers do so."""
+        self.rewards = [load_reward(member, tokenizer, **options) for member in self.members]
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        *,
+        response_ids: Sequence[list[int]] | None = None,
+        **columns: Any,
+    ) -> Tensor:
+        """``[B]`` scores, float32. What is wrong with a member is said with its number."""
+        if not self.rewards:
+            self.load()
+        found = [self._ask(i, prompts, responses, columns, response_ids) for i in range(len(self.rewards))]
+        scores = torch.stack([each.to(found[0].device) for each in found])
+        self.uncertainty = scores.std(0)
+        if self.combine == "worst":
+            return scores.amin(0)
+        return scores.mean(0) - (self.caution * self.uncertainty if self.combine == "mean_minus_std" else 0.0)
+
+    def _ask(self, i: int, prompts: Sequence[str], responses: Sequence[str], *given: Any) -> Tensor:
+        try:
+            said = ask(self.rewards[i], prompts, responses, *given)
+            found = check_scores(said, len(prompts), responses, prompts=prompts)
+            if found.dim() == 2:
+                raise ValueError(f"the reward must return one score per response, got shape {list(found.shape)}")
+        except (ValueError, TypeError) as error:
+            kind = next(k for k in (RewardError, ValueError, TypeError) if isinstance(error, k))
+            raise kind(f"member {i + 1} of {len(self.rewards)}: {error}") from error
+        return found
+
+
+def token_readers(reward: Any) -> list[nn.Module]:
+    """The reward models in ``reward``, itself or the members of an ensemble, that read the policy's tokens."""
+    members = reward.rewards if isinstance(reward, EnsembleReward) else [reward]
+    return [member.model for member in members if isinstance(member, ModelReward) and member.reads_tokens]
 
 
 def check_scores(

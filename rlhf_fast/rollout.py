@@ -70,6 +70,10 @@ class Rollout:
         """``[B, P + T]`` bool: the tokens of ``ids`` that are there."""
         return torch.cat([self.prompt_mask, self.mask], 1)
 
+    def response_ids(self) -> list[list[int]]:
+        """The tokens of each response, the stop token included; waits for the device."""
+        return [row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)]
+
     def __len__(self) -> int:
         return len(self.prompts)
 

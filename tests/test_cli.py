@@ -212,6 +212,43 @@ def test_a_bad_reward_is_one_line(here, capsys):
         fails(capsys, f"{command} --quiet true", "reward")
 
 
+def test_rewards_with_commas_between_them_are_an_ensemble(here, capsys):
+    (here / "judge.py").write_text(
+        "def score(prompts, responses, **_):\n    return [3.0] * len(responses)\n"
+        "def other(prompts, responses, **_):\n    return [1.0] * len(responses)\n"
+    )
+    assert main([*PPO.replace("judge.py:score", "judge.py:score,judge.py:other").split(), "--quiet", "true"]) == 0
+    line = json.loads((here / "runs/ppo/metrics.jsonl").read_text().splitlines()[0])
+    assert line["scores"] == 2.0
+    fails(
+        capsys,
+        PPO.replace("judge.py:score", "judge.py:score,judge.py:none").replace("runs/ppo", "runs/two"),
+        "judge.py has no function none",
+    )
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "the movie is", "response": " good", "label": "true"},
+        {"prompt": "the movie is", "responses": [" good", " bad"], "scores": [1, 0]},
+        {"prompt": "the movie is", "steps": [" good", " fun"], "labels": [1, None]},
+    ],
+    ids=["label", "scores", "steps"],
+)
+def test_the_columns_say_what_a_reward_model_learns(here, capsys, record):
+    lines(here / "said.jsonl", [record] * 4)
+    command = "reward --model model --data said.jsonl --output_dir runs/{} --quiet true"
+    assert main(f"{command} --eval_data said.jsonl --normalise yes".format("one").split()) == 0
+    assert abs(json.loads((here / "runs/one/metrics.jsonl").read_text())["eval_score_mean"]) < 1e-6
+    lines(here / "said.jsonl", [record, PAIRS[0]])
+    fails(capsys, command.format("two"), "said.jsonl:2: it has chosen and rejected, and the records before it")
+    lines(here / "said.jsonl", [{"prompt": "a", "answer": "b"}])
+    fails(
+        capsys, command.format("two"), "said.jsonl:1: no columns that a reward model learns from, which are prompt, ch"
+    )
+
+
 def test_a_reward_that_raises_is_one_line_and_the_state_is_kept(here, capsys):
     (here / "judge.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\nimport lexicon\n\n"
@@ -329,7 +366,7 @@ def test_ctrl_c_saves_and_exits_130(here):
 def test_help_lists_every_field_and_imports_no_transformers():
     code = (
         "import sys; from rlhf_fast.cli import main\n"
-        "for c in ('sft', 'reward', 'ppo', 'generate'):\n"
+        "for c in ('sft', 'reward', 'ppo', 'rrhf', 'dpo', 'distill', 'generate'):\n"
         "    try: main([c, '--help'])\n"
         "    except SystemExit as e: assert e.code == 0\n"
         "assert main(['--help']) == 0\n"
@@ -397,3 +434,46 @@ def test_nothing_and_version(capsys):
     assert "rlhf-fast COMMAND --help" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("rlhf_fast 0.")
+
+
+RANKED = [{"prompt": "the movie is", "responses": [" good and fun", " bad", " dull"], "scores": [2, 0, 0.5]}] * 4
+
+
+@pytest.mark.parametrize(
+    ("command", "metric"),
+    [
+        ("rrhf --data ranked.jsonl --eval_data ranked.jsonl --micro_batch_size 2", "eval_accuracy"),
+        ("dpo --data prefs.jsonl.gz --kind ipo --share hydra:1", "margin"),
+        ("dpo --data prefs.jsonl.gz --reference model --precompute_reference true", "chosen_reward"),
+        ("distill --teacher model --data demos.jsonl --kind jsd", "divergence"),
+        (
+            "distill --teacher model --prompts prompts.jsonl --reward judge.py:score --steps 2 --max_new_tokens 4",
+            "scores",
+        ),
+        ("sft --data demos.jsonl --packing true", "loss"),
+    ],
+)
+def test_the_other_trainers_from_your_own_files(here, command, metric):
+    lines(here / "ranked.jsonl", RANKED)
+    assert main(f"{command} --model model --output_dir runs/x --batch_size 2 --quiet true".split()) == 0
+    figures = [json.loads(line) for line in (here / "runs/x/metrics.jsonl").read_text().splitlines()]
+    assert len(figures) >= 2
+    assert metric in figures[-1]
+    assert (here / "runs/x/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("rrhf --data ranked.jsonl", 'ranked.jsonl:5: "score 1" must be a finite number, got None'),
+        ("dpo --data prefs.jsonl.gz --kind ipo --label_smoothing 0.1", "label_smoothing must be 0 with kind=ipo"),
+        ("dpo --data prefs.jsonl.gz --share top", "DPOConfig.share must be none, lora or hydra:k"),
+        ("distill --data demos.jsonl", "distill needs --teacher"),
+        ("distill --teacher model", "either from data, given responses, or from prompts: pass one of them"),
+        ("distill --teacher nowhere/ --data demos.jsonl", "nowhere/"),
+    ],
+)
+def test_bad_input_of_the_other_trainers(here, capsys, command, words):
+    lines(here / "ranked.jsonl", [*RANKED, RANKED[0] | {"scores": [None, 1, 2]}])
+    fails(capsys, f"{command} --model model --output_dir runs/x", words)
+    assert not (here / "runs").exists()

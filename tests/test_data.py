@@ -9,12 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from rlhf_fast.data import DataError, encode, pad, pair_examples, prompt_examples, read_records, sft_examples
+from rlhf_fast.data import (
+    DataError,
+    encode,
+    pad,
+    pair_examples,
+    prompt_examples,
+    ranked_examples,
+    read_records,
+    sft_examples,
+)
 
 TOKENIZER = tiny_tokenizer()
 CHAT = tiny_tokenizer(pad_is_eos=True, chat=True, bos=True)
 EOS = TOKENIZER.eos_token_id
 PAIR = {"prompt": "the movie was", "chosen": " good", "rejected": " bad"}
+RANKED = {"prompt": "the movie was", "responses": [" good", " bad", " not very fun"], "scores": [2, -1.5, 0]}
 TALK = [
     {"role": "user", "content": "is it good"},
     {"role": "assistant", "content": "not bad"},
@@ -167,13 +177,27 @@ def test_a_long_csv_field(tmp_path):
         (sft_examples, {"messages": [{"content": "hi"}]}, 'message 1 of "messages" must have a "role"'),
         (sft_examples, {"messages": [{"role": "user", "content": 3}]}, 'the "content" of message 1 of "messages" must'),
         (sft_examples, {"messages": TALK[:1]}, '"messages" has no turn of the assistant'),
+        (ranked_examples, RANKED | {"prompt": None}, '"prompt" is missing'),
+        (ranked_examples, RANKED | {"responses": None}, '"responses" is missing'),
+        (ranked_examples, RANKED | {"responses": []}, '"responses" is empty'),
+        (ranked_examples, RANKED | {"responses": " good"}, '"responses" must be a list, got a text that is not one'),
+        (ranked_examples, RANKED | {"responses": "3"}, '"responses" must be a list, got a number'),
+        (ranked_examples, RANKED | {"responses": [" good", 3, ""]}, '"response 2" must be a string, got a number'),
+        (ranked_examples, RANKED | {"responses": [" good", " bad", " "]}, '"response 3" is empty'),
+        (ranked_examples, RANKED | {"scores": [1, 2]}, '3 "responses" and 2 "scores": give one for each'),
+        (ranked_examples, RANKED | {"scores": [1, math.nan, 2]}, '"score 2" must be a finite number, got nan'),
+        (ranked_examples, RANKED | {"scores": [1, True, 2]}, '"score 2" must be a finite number, got True'),
+        (ranked_examples, RANKED | {"scores": [1, 2, "hi"]}, "\"score 3\" must be a finite number, got 'hi'"),
+        (ranked_examples, RANKED | {"scores": 3.0}, '"scores" must be a list, got a number'),
+        (ranked_examples, RANKED | {"responses": [" a", " b", " a"]}, "responses 1 and 3 are the same, and their"),
         (prompt_examples, {"text": "a"}, '"prompt" is missing'),
         (prompt_examples, {"prompt": "a", "responses": 1}, 'a column "responses" would hide'),
     ],
 )
 def test_a_broken_record_is_named_with_its_place(tmp_path, monkeypatch, make, record, message):
     monkeypatch.chdir(tmp_path)
-    good = {sft_examples: {"text": "a good movie"}, pair_examples: PAIR, prompt_examples: {"prompt": "the"}}[make]
+    good = {sft_examples: {"text": "a good movie"}, pair_examples: PAIR, prompt_examples: {"prompt": "the"}}
+    good = (good | {ranked_examples: RANKED})[make]
     write(tmp_path, "prefs.jsonl", "\n".join(["", *[json.dumps(good)] * 15, json.dumps(record)]))
     with pytest.raises(DataError) as caught:
         make(read_records("prefs.jsonl"), CHAT, max_length=100)
@@ -305,6 +329,47 @@ def test_too_long_is_said_or_asked_for():
         prompt_examples(records, TOKENIZER, max_length=1)
     with pytest.raises(DataError, match='record 1: "prompt" is empty'):
         prompt_examples(read_records([{"prompt": ""}]), TOKENIZER)
+
+
+def test_ranked_answers(tmp_path):
+    one, two = ranked_examples(read_records([RANKED, {"prompt": "a", "responses": [" b"], "scores": [3]}]), TOKENIZER)
+    assert one.scores == [2.0, -1.5, 0.0]
+    assert (one.prompt_length, one.place, two.scores) == (5, "record 1", [3.0])  # "the" without a space is spelt
+    for answer, text in zip(one.answers, RANKED["responses"], strict=True):
+        assert answer == encode(TOKENIZER, "the movie was") + encode(TOKENIZER, text, start=False, end=True)
+        assert answer[-1] == EOS
+    with open(tmp_path / "ranked.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "responses", "scores"], ["the movie was", *map(json.dumps, _lists())]])
+    (read,) = ranked_examples(read_records(tmp_path / "ranked.csv"), TOKENIZER)
+    assert (read.answers, read.scores) == (one.answers, one.scores)
+    # Equal answers with equal scores are no contradiction, nor are equal scores.
+    same = RANKED | {"responses": [" good", " good", " bad"], "scores": [1, 1, 1]}
+    assert len(ranked_examples(read_records([same]), TOKENIZER)[0].answers) == 3
+
+
+def _lists():
+    return RANKED["responses"], RANKED["scores"]
+
+
+def test_ranked_conversations():
+    said = [{"role": "assistant", "content": "not bad"}, "very fun", [{"role": "assistant", "content": "dull"}]]
+    record = {"prompt": TALK[:1], "responses": said, "scores": [1, 2, 3]}
+    (found,) = ranked_examples(read_records([record]), CHAT)
+    assert [spell(answer[found.prompt_length :]) for answer in found.answers] == [
+        f"{text}<eos>" for text in ("not bad", "very fun", "dull")
+    ]
+
+
+def test_ranked_answers_that_are_too_long():
+    records = read_records([RANKED, {"prompt": "the", "responses": [" good"], "scores": [1]}])
+    with pytest.raises(DataError, match="record 1: 9 tokens where max_length allows 8"):
+        ranked_examples(records, TOKENIZER, max_length=8)
+    cut = ranked_examples(records, TOKENIZER, max_length=8, overlong="truncate")
+    assert [[len(answer) for answer in each.answers] for each in cut] == [[7, 7, 8], [5]]
+    assert [e.place for e in ranked_examples(records, TOKENIZER, max_length=8, overlong="drop")] == ["record 2"]
+    alike = read_records([RANKED | {"responses": [" very good", " very bad", " very fun"]}])
+    with pytest.raises(DataError, match="record 1: responses 1 and 2 are the same up to max_length=6, and their"):
+        ranked_examples(alike, TOKENIZER, max_length=6, overlong="truncate")
 
 
 def test_special_tokens_stand_once():

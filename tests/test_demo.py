@@ -11,6 +11,7 @@ from tiny import accelerate_on
 from rlhf_fast.demo import DemoConfig, evaluate, grammar, judge, run_demo, stages
 from rlhf_fast.demo.config import quick
 from rlhf_fast.demo.rules import DOMAINS
+from rlhf_fast.evaluation import intervals
 
 MOODS = st.sampled_from(sorted(grammar.MOODS))
 PROMPTS = st.sampled_from(grammar.prompts("train"))
@@ -173,11 +174,11 @@ def test_annotators_need_a_temperature():
 
 def test_win_rate_and_its_interval():
     """Wilson's interval for 8 of 10 is [0.4902, 0.9433] (Newcombe 1998, method 3 without continuity correction)."""
-    assert judge.wilson(0.8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=5e-5)
-    share, low, high = judge.win_rate(torch.tensor([2.0, 1.0, 0.0, 5.0]), torch.tensor([1.0, 1.0, 3.0, 0.0]))
+    assert intervals.wilson(0.8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=5e-5)
+    share, low, high = intervals.win_rate(torch.tensor([2.0, 1.0, 0.0, 5.0]), torch.tensor([1.0, 1.0, 3.0, 0.0]))
     assert share == 2.5 / 4
     assert 0 < low < share < high < 1
-    assert judge.wilson(1.0, 256)[2] == pytest.approx(1.0)
+    assert intervals.wilson(1.0, 256)[2] == pytest.approx(1.0)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ from tiny import accelerate_on, tiny_gpt2, tiny_llama, tiny_tokenizer
 from rlhf_fast.generate import decode, generate
 from rlhf_fast.models import load_policy, load_scalar_model, sequence_scores, token_logits
 from rlhf_fast.trainers import online
+from rlhf_fast.trainers.distill import DistillConfig, DistillTrainer
+from rlhf_fast.trainers.dpo import DPOConfig, DPOTrainer
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
+from rlhf_fast.trainers.rrhf import RRHFConfig, RRHFTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: runs in `make gpu-check`")
@@ -25,6 +28,13 @@ DEMOS = [
     {"text": "this is good"},
 ]
 PAIRS = [{"prompt": "the movie is", "chosen": f" good{' and fun' * i}", "rejected": " bad"} for i in range(4)]
+RANKED = [{"prompt": p, "responses": [" good and fun", " bad", " dull"], "scores": [2, 1, 1]} for p in ("the", "a")]
+RANKINGS = [
+    {"prompt": "the", "responses": [" good", " bad", " fun"][: i + 1], "scores": [2, 0, 1][: i + 1]} for i in range(4)
+]
+STEPS = [{"prompt": "the", "steps": [" good", " bad"], "labels": [i % 2, None if i else 0.5]} for i in range(4)]
+JUDGED = {"reward": PAIRS, "ranking": RANKINGS, "process": STEPS}
+KINDS = ["sft", "packed", *JUDGED, "rrhf", "dpo", "distill", "ppo"]
 PROMPTS = [{"prompt": p} for p in ("the movie", "a plot was very", "I like this", "the")]
 
 
@@ -43,9 +53,24 @@ def build(kind, make=tiny_gpt2, precision="fp32"):
     if kind == "sft":
         config = SFTConfig(batch_size=4, micro_batch_size=3, **common)
         return SFTTrainer(make(TOKENIZER), data=DEMOS, tokenizer=TOKENIZER, config=config, eval_data=DEMOS)
-    if kind == "reward":
+    if kind in JUDGED:
         config = RewardConfig(batch_size=4, micro_batch_size=3, **common)
-        return RewardTrainer(make(TOKENIZER), data=PAIRS, tokenizer=TOKENIZER, config=config, eval_data=PAIRS)
+        given = {"data": JUDGED[kind], "eval_data": JUDGED[kind]}
+        return RewardTrainer(make(TOKENIZER), tokenizer=TOKENIZER, config=config, **given)
+    given = {"tokenizer": TOKENIZER}
+    if kind == "packed":
+        config = SFTConfig(batch_size=4, packing=True, **common)
+        return SFTTrainer(make(TOKENIZER), data=DEMOS, config=config, eval_data=DEMOS, **given)
+    if kind == "rrhf":  # the three answers to a prompt do not fit in one pass
+        config = RRHFConfig(batch_size=2, micro_batch_size=2, **common)
+        return RRHFTrainer(make(TOKENIZER), data=RANKED, config=config, eval_data=RANKED, **given)
+    if kind == "dpo":
+        config = DPOConfig(batch_size=4, micro_batch_size=3, **common)
+        return DPOTrainer(make(TOKENIZER), data=PAIRS, config=config, eval_data=PAIRS, **given)
+    if kind == "distill":
+        config, teacher = DistillConfig(batch_size=4, micro_batch_size=3, **common), make(TOKENIZER, seed=1)
+        given |= {"teacher": teacher, "reward": length_score, "eval_data": DEMOS[:3]}
+        return DistillTrainer(make(TOKENIZER), data=DEMOS[:3], config=config, **given)
     config = PPOConfig(
         batch_size=4, minibatch_size=4, micro_batch_size=3, ppo_epochs=1, max_new_tokens=8, steps=3,
         entropy_coef=0.01, whiten_rewards=True, missing_eos_penalty=1.0, **common,
@@ -63,7 +88,7 @@ def first_step(kind, make, device):
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_has_the_numbers_of_the_cpu(kind, make):
     expected, found = (first_step(kind, make, device) for device in ("cpu", "cuda"))
     assert found.keys() == expected.keys()
@@ -72,7 +97,7 @@ def test_a_step_has_the_numbers_of_the_cpu(kind, make):
         assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_steps_and_keeps_float32_weights(kind):
     trainer = build(kind, precision="bf16")
     model = trainer.policy if kind == "ppo" else trainer.model

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rlhf_fast.models import load_policy, load_scalar_model, save
-from rlhf_fast.rewards import check_scores, load_reward, shape_rewards
+from rlhf_fast.rewards import EnsembleReward, RewardError, ask, check_scores, load_reward, shape_rewards, token_readers
 
 NAN = float("nan")
 TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
 
 
 def right_padded(lengths, width):
@@ -213,3 +214,128 @@ def test_check_scores():
         check_scores([[0.0, NAN], [1.0, NAN]], 2, mask=mask)
     with pytest.raises(ValueError, match=r"\[B, T\] of \[2, 2\], got shape \[2, 3\]"):
         check_scores(torch.zeros(2, 3), 2, mask=mask)
+
+
+def test_a_process_model_says_how_good_the_worst_step_is():
+    torch.manual_seed(1)
+    model = load_scalar_model(tiny_gpt2(TOKENIZER))
+    model.config.step_separator = "\n"
+    responses = [" good\n fun\n dull", " fun", "", " dull\n\n fun\n"]
+    expected, everywhere = [], []
+    for response in responses:
+        ids = TOKENIZER("the movie")["input_ids"]
+        ends = []
+        steps = [step for step in response.split("\n") if step] or [""]
+        for i, step in enumerate(steps):
+            ids = ids + TOKENIZER(step + ("\n" if i < len(steps) - 1 else TOKENIZER.eos_token))["input_ids"]
+            ends.append(len(ids) - 1)
+        with torch.no_grad():
+            values = model.score(model.base_model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+        expected.append(values[ends].min().item())
+        everywhere.append(values[-1].item())
+    for size in (1, 8):
+        found = load_reward(model, TOKENIZER, batch_size=size)(["the movie"] * 4, responses)
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert expected[0] < everywhere[0]
+    assert expected[1:3] == everywhere[1:3]
+
+
+def table(scores):
+    """A reward that looks a response up."""
+    return lambda prompts, responses, **columns: [scores[r] for r in responses]
+
+
+MEMBERS = [table({"a": 1.0, "b": 4.0}), table({"a": 3.0, "b": 4.0}), table({"a": 5.0, "b": 1.0})]
+
+
+def test_an_ensemble_by_hand():
+    for combine, expected in [("mean", [3.0, 3.0]), ("worst", [1.0, 1.0]), ("mean_minus_std", [2.0, 3 - 0.5 * 3**0.5])]:
+        ensemble = load_reward(EnsembleReward(MEMBERS, combine=combine, caution=0.5), TOKENIZER)
+        torch.testing.assert_close(ensemble(["p", "p"], ["a", "b"], gold=[0, 0]), torch.tensor(expected))
+        torch.testing.assert_close(ensemble.uncertainty, torch.tensor([2.0, 3**0.5]))
+    listed = load_reward(MEMBERS, TOKENIZER)
+    assert listed(["p", "p"], ["b", "a"]).tolist() == [3, 3]
+    assert listed.uncertainty.tolist() == pytest.approx([3**0.5, 2.0])
+
+
+def test_an_ensemble_of_models(tmp_path):
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(load_scalar_model(tiny_gpt2(TOKENIZER)))
+    save(models[0], TOKENIZER, tmp_path / "one")
+    each = torch.stack([load_reward(model, TOKENIZER)(PROMPTS, RESPONSES) for model in models])
+    ensemble = load_reward([tmp_path / "one", models[1], MEMBERS[0]], TOKENIZER)
+    assert [type(reward).__name__ for reward in ensemble.rewards] == ["ModelReward", "ModelReward", "function"]
+    assert len(token_readers(ensemble)) == 2
+    other = tiny_tokenizer()
+    other.add_tokens(["another"])
+    assert token_readers(load_reward([tmp_path / "one", MEMBERS[0]], other)) == []
+    pair = EnsembleReward([tmp_path / "one", str(tmp_path / "one")])
+    torch.testing.assert_close(pair(PROMPTS, RESPONSES), each[0])  # a path brings its tokenizer along
+    assert pair.uncertainty.tolist() == [0, 0, 0]
+    worst = load_reward(EnsembleReward(models, combine="worst"), TOKENIZER)
+    torch.testing.assert_close(worst(PROMPTS, RESPONSES), each.amin(0))
+    torch.testing.assert_close(worst.uncertainty, (each[0] - each[1]).abs() / 2**0.5)
+
+
+def test_what_is_no_ensemble():
+    for members in ([], MEMBERS[:1], "runs/reward"):
+        with pytest.raises(ValueError, match="an ensemble needs two members or more"):
+            EnsembleReward(members)
+    with pytest.raises(ValueError, match=r"combine must be one of .*mean_minus_std.*, got 'best'"):
+        EnsembleReward(MEMBERS, combine="best")
+    for caution in (-1.0, NAN, float("inf")):
+        with pytest.raises(ValueError, match="caution must be finite and not negative"):
+            EnsembleReward(MEMBERS, caution=caution)
+    with pytest.raises(TypeError, match="the reward must be a path, a module or a callable, got int"):
+        load_reward([MEMBERS[0], 3], TOKENIZER)
+    with pytest.raises(ValueError, match="a model given as a module comes without its tokenizer"):
+        EnsembleReward([load_scalar_model(tiny_gpt2(TOKENIZER))] * 2)(PROMPTS, RESPONSES)
+
+
+@pytest.mark.parametrize(
+    ("member", "error", "words"),
+    [
+        (lambda p, r: [1.0], ValueError, "member 2 of 2: the reward must return one score for each of 2 prompts"),
+        (lambda p, r: [1.0, NAN], ValueError, "member 2 of 2: the reward of prompt 2 of 2 is nan: prompt 'q'"),
+        (lambda p, r: [[1.0], [2.0]], ValueError, r"member 2 of 2: .* one score per response, got shape \[2, 1\]"),
+        (lambda p, r: None, TypeError, "member 2 of 2: the reward must return numbers, got NoneType"),
+        (
+            lambda p, r: [{}[x] for x in r],
+            RewardError,
+            "^member 2 of 2: the reward raised KeyError at .*; prompt 1 of ",
+        ),
+    ],
+)
+def test_a_broken_member_is_named(member, error, words):
+    ensemble = load_reward([MEMBERS[0], member], TOKENIZER)
+    with pytest.raises(error, match=words):
+        ask(ensemble, ["p", "q"], ["a", "b"], {})
+
+
+def test_a_reward_model_reads_what_the_policy_wrote():
+    torch.manual_seed(0)
+    model = load_scalar_model(tiny_gpt2(TOKENIZER))
+    reward, half = load_reward(model, TOKENIZER), TOKENIZER("é", add_special_tokens=False)["input_ids"][:1]
+    text = TOKENIZER.decode(half)
+    assert len(TOKENIZER(text)["input_ids"]) == 3  # a replacement character
+    good = TOKENIZER(" good")["input_ids"]
+    written = [[*good, EOS], half * 4, [*half, TOKENIZER.bos_token_id, *half, EOS], []]
+    texts = TOKENIZER.batch_decode(written, skip_special_tokens=True)
+    before = TOKENIZER("the movie")["input_ids"]
+    expected = []
+    for ids in ([*good, EOS], [*half * 4, EOS], [*half * 2, EOS], [EOS]):
+        with torch.no_grad():
+            expected.append(model.score(model.base_model(torch.tensor([before + ids])).last_hidden_state)[0, -1, 0])
+    found = ask(reward, ["the movie"] * 4, texts, {"likes": [1] * 4}, written)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+    plain = reward(["the movie"] * 4, texts)
+    assert torch.equal(plain.isclose(found, atol=1e-5), torch.tensor([True, False, False, True]))
+    torch.testing.assert_close(
+        ask(load_reward([model, model], TOKENIZER), ["the movie"] * 4, texts, {}, written), found
+    )
+    # A model with other tokens reads the text, and a function never sees the tokens.
+    reward.reads_tokens = False
+    assert torch.equal(ask(reward, ["the movie"] * 4, texts, {}, written), plain)
+    assert ask(lambda prompts, responses: [len(r) for r in responses], ["p"], ["ab"], {}, [[1]]) == [2]

@@ -9,8 +9,9 @@ import torch
 from rlhf_fast import data, models, ops
 from rlhf_fast.demo.config import DemoConfig
 from rlhf_fast.demo.grammar import Prompt, accepts
-from rlhf_fast.demo.judge import gold_scores, wilson, win_rate
+from rlhf_fast.demo.judge import gold_scores
 from rlhf_fast.demo.stages import answer
+from rlhf_fast.evaluation.intervals import wilson, win_rate
 
 #: Figure → the least and the most that it may be, and what it says.
 THRESHOLDS = {

@@ -47,20 +47,3 @@ def prefers_first(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
     return torch.rand(first.shape, generator=generator) < torch.sigmoid((first - second) / temperature)
-
-
-def win_rate(
-    ours: Tensor,  # [B] gold scores
-    theirs: Tensor,  # [B] gold scores of the other model on the same prompts
-) -> tuple[float, float, float]:
-    """The share of prompts on which ours scores higher (a tie counts half) and its 95 % Wilson interval."""
-    return wilson(float((ours > theirs).double().mean() + 0.5 * (ours == theirs).double().mean()), len(ours))
-
-
-def wilson(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float, float]:
-    """``share`` of ``n`` trials with the ends of its score interval (Wilson 1927), 95 % by default."""
-    if n == 0:
-        return share, 0.0, 1.0
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return share, max(0.0, centre - half), min(1.0, centre + half)

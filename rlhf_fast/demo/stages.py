@@ -165,6 +165,7 @@ class Watched:
     def __init__(self, reward: Callable[..., Tensor]) -> None:
         self.reward = reward
         self.gold: list[dict[str, float]] = []
+        self.training_range = getattr(reward, "training_range", None)
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         """The reward of each response, ``[B]``."""

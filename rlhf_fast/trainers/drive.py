@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf_fast.trainers.run import Run
+from rlhf_fast.trainers.watch import Watch, training_range
 
 
 def drive(
@@ -17,12 +18,15 @@ def drive(
     ``trainer`` has ``batches()`` (those that are left), ``step(batch)``, ``after(step, run)`` (evaluation, samples:
     more metrics), ``save(folder)`` (a checkpoint), ``restore(folder)``, ``save_model(folder)`` (the result), ``done``
     and ``updates``, the counts of its steps and of its optimizer's. Ctrl-C and SIGTERM end the run after the step that
-    is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once.
+    is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once. Where
+    the trainer has ``on_step(step, stats)``, that is called after each step, and what it raises ends the run.
     """
     found = run.open(total, resume=resume)
     deafen = _listen(run)
-    done = 0
+    told = getattr(trainer, "on_step", None)
+    done, fault = 0, None
     try:
+        watch = Watch(run.config, training_range(trainer)).replay(run.past)
         if found is not None:
             trainer.restore(found)
             done = trainer.done
@@ -39,8 +43,13 @@ def drive(
                         raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
                 raise
             done += 1
-            run.log(done, stats | trainer.after(done, run), live=live)
+            stats |= trainer.after(done, run)
+            run.log(done, stats, live=live)
             run.bar.update()
+            for cause, sentence in watch.look(done, stats):
+                run.warn(done, cause, sentence)
+            if told is not None:
+                told(done, stats)
             if run.stop_signal:
                 run.checkpoint(done, trainer.save)
                 run.say(f"stopped after step {done}; {run.last_checkpoint()}")
@@ -49,9 +58,12 @@ def drive(
                 run.checkpoint(done, trainer.save)
         run.finish(trainer.save_model)
         return run.metrics
+    except BaseException as error:
+        fault = error
+        raise
     finally:
         deafen()
-        run.close()
+        run.close(fault)
 
 
 def _listen(run: Run) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from rlhf_fast import data, models, ops
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
-from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, shape_rewards
+from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, shape_rewards, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
 from rlhf_fast.trainers import checkpoint, learning, online
@@ -91,7 +91,8 @@ class GRPOTrainer:
     Args:
         model: the policy to train: a path, a Hub id or a causal LM.
         reward: a path or module with a scalar head, or ``callable(prompts, responses, **columns)`` that returns one
-            score per response, ``[B]``, or one per token, ``[B, T]``, whose sum counts.
+            score per response, ``[B]``, or one per token, ``[B, T]``, whose sum counts; a list of these or an
+            ``EnsembleReward``.
         prompts: a path, a list of dicts or a ``datasets.Dataset`` with the column ``prompt``; the others reach the
             reward.
         output_dir: the folder of the run; nothing is written without it.
@@ -127,6 +128,8 @@ class GRPOTrainer:
         if c.share == "lora":
             self.policy = with_adapters(self.policy, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
+        # A reward model that reads the policy's tokens reads an end token after every response, too.
+        readers |= dict.fromkeys(token_readers(self.reward), 1)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)

@@ -93,8 +93,10 @@ def check_finite(optimizer: torch.optim.Optimizer, loss: float, norms: list[floa
 def mean_of(taken: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each statistic over the minibatches of a step, and the largest ratio.
 
-    ``mismatch`` is the first one's root of twice ``approx_kl``: how far old and new logprobs are apart before any step.
+    ``first_approx_kl`` is ``approx_kl`` of the first one, before any step: 0, for its ratio is 1. ``mismatch``, the
+    root of twice that, is how far old and new logprobs are apart.
     """
     means = {name: sum(stats[name] for stats in taken) / len(taken) for name in taken[0]}
     largest = max(stats["ratio_max"] for stats in taken)
-    return means | {"ratio_max": largest, "mismatch": math.sqrt(2 * taken[0]["approx_kl"])}
+    first = taken[0]["approx_kl"]
+    return means | {"ratio_max": largest, "first_approx_kl": first, "mismatch": math.sqrt(2 * first)}

@@ -132,7 +132,7 @@ def corrected(advantages: Tensor, rollout: Rollout, cap: float | None) -> Tensor
 def scores(reward: Any, rollout: Rollout, config: Any, moments: RunningMoments) -> Tensor:
     """The reward's scores, ``[B]`` or ``[B, T]``, scaled as ``config`` says; ``rollout`` keeps them raw."""
     with learning.autocast(rollout.mask.device, config.precision):
-        said = ask(reward, rollout.prompts, rollout.texts, rollout.columns)
+        said = ask(reward, rollout.prompts, rollout.texts, rollout.columns, rollout.response_ids())
     found = check_scores(said, len(rollout), rollout.texts, prompts=rollout.prompts, mask=rollout.mask)
     rollout.scores = found
     if config.scale_scores == "none":

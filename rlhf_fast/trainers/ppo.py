@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_fast import data, models, ops
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
-from rlhf_fast.rewards import ModelReward, RewardError, RunningMoments, load_reward
+from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with_adapters
 from rlhf_fast.trainers import checkpoint, learning, online
@@ -93,7 +93,7 @@ class PPOTrainer:
     Args:
         model: the policy to train: a path, a Hub id or a causal LM.
         reward: a path or module with a scalar head, or ``callable(prompts, responses, **columns)`` that returns one
-            score per response, ``[B]``, or one per token, ``[B, T]``.
+            score per response, ``[B]``, or one per token, ``[B, T]``; a list of these or an ``EnsembleReward``.
         prompts: a path, a list of dicts or a ``datasets.Dataset`` with the column ``prompt``; the others reach the
             reward.
         output_dir: the folder of the run; nothing is written without it.
@@ -127,15 +127,14 @@ class PPOTrainer:
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept, shared_copy).to(device)
         self.reward = load_reward(reward, self.tokenizer, device=device)
-        alike = isinstance(self.reward, ModelReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        self.scorer = self.reward.model if alike else None  # a reward model that reads the policy's tokens
-        scorer = self.scorer if c.share == "none" else None  # what is shared are the policy's weights
+        scorers = token_readers(self.reward)
+        scorer = scorers[0] if scorers and c.share == "none" else None  # what is shared are the policy's weights
         self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device)
         if c.share == "lora":
             size = {"rank": c.lora_rank, "alpha": c.lora_alpha, "seed": c.seed}
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
-        readers = {self.policy: 0, self.reference: 0, self.critic: 0} | ({self.scorer: 1} if self.scorer else {})
+        readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate

@@ -1,4 +1,8 @@
-"""Reward modelling: a scalar head learns which of two answers people prefer (Bradley–Terry; Stiennon et al. 2020)."""
+"""Reward modelling: a scalar head learns how good an answer is, from what people say of answers.
+
+Four kinds, told apart by the columns of the data: pairs (Bradley–Terry; Stiennon et al. 2020), rankings (Ouyang et al.
+2022), labels, and labels of every step of an answer (Lightman et al. 2023).
+"""
 
 import itertools
 import math
@@ -10,32 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models
+from rlhf_fast import data, models, preferences
 from rlhf_fast.data import read_records
-from rlhf_fast.losses import pairwise_loss
+from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
+from rlhf_fast.losses.metrics import calibration_error, pairwise_accuracy, pairwise_calibration_error
+from rlhf_fast.losses.reward import RANKINGS
+from rlhf_fast.preferences import Judged
 from rlhf_fast.trainers import checkpoint, learning
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.watch import note_range
+
+LIVE = ("loss", "accuracy", "eval_accuracy")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Every number of reward modelling."""
+    """Every number of reward modelling. A record is a pair, all answers to a prompt, or one labelled answer."""
 
-    epochs: int = option(1, "passes over the pairs", low=1)
-    batch_size: int = option(16, "pairs per optimizer step", low=1)
-    micro_batch_size: int | None = option(None, "pairs per forward pass, a matter of memory only", low=1)
+    epochs: int = option(1, "passes over the records", low=1)
+    batch_size: int = option(16, "records per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "records per forward pass, a matter of memory only", low=1)
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
     schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
     max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
-    center_coef: float = option(0.0, "weight of the squared sum of the two scores, which keeps them near 0", low=0.0)
+    center_coef: float = option(
+        0.0, "of pairs: weight of the squared sum of the two scores, to keep them near 0", low=0
+    )
+    ranking: str = option("pairs", "of rankings: the mean over all pairs, or Plackett-Luce", choices=RANKINGS)
+    separator: str | None = option(None, "of steps: what stands between two of them; a line break if absent")
+    normalise: bool = option(False, "shift the scores to mean 0 at the end; their sigmoid is then no probability")
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
-    overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
+    overlong: str = option("error", "a longer record stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
-    seed: int = option(0, "of the new head and the order of the pairs", low=0, high=2**63 - 1)
+    seed: int = option(0, "of the new head and the order of the records", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
     keep: int = option(2, "checkpoints that stay on the disk", low=1)
@@ -43,19 +58,35 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.separator == "":
+            raise ValueError("RewardConfig.separator must not be empty")
 
 
 class RewardTrainer:
-    """Teach a scalar head on ``model`` to score the chosen answer of a pair above the rejected one.
+    """Teach a scalar head on ``model`` to score answers as people do.
+
+    What is learned follows from the columns of the data:
+
+    - ``prompt``, ``chosen`` and ``rejected`` (or the last two with a shared beginning), and ``margin`` if there is one:
+      the chosen answer scores higher (``pairwise_loss``).
+    - ``prompt``, ``responses`` and ``scores``: the answers to a prompt score in the order of their scores
+      (``ranking_loss``); all of them are read in one forward pass.
+    - ``prompt``, ``response`` and ``label``: the sigmoid of the score is the label, a number from 0 to 1, or true or
+      false (``pointwise_loss``).
+    - ``prompt``, ``steps`` and ``labels``: the same after every step, the mean over all labels of a batch. None is not
+      learned.
+
+    An ensemble (``EnsembleReward``) is several models that differ in ``RewardConfig.seed``, hence in their first head
+    and the order of their data.
 
     Args:
         model: a path, a Hub id or a module: a causal LM, or a model that has a scalar head already.
-        data: a path, a list of dicts or a ``datasets.Dataset`` with ``prompt``, ``chosen`` and ``rejected``, or the
-            last two with a shared beginning; ``margin`` if there is one.
+        data: a path, a list of dicts or a ``datasets.Dataset``.
         output_dir: the folder of the run; nothing is written without it.
         config: a ``RewardConfig``.
         tokenizer: needed if ``model`` is a module.
         eval_data: like ``data``.
+        calibration_data: like ``data``, whose scores ``normalise`` moves to mean 0; ``data`` itself if absent.
     """
 
     def __init__(
@@ -67,28 +98,41 @@ class RewardTrainer:
         config: RewardConfig | None = None,
         tokenizer: Any = None,
         eval_data: Any = None,
+        calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
         self.accelerator = learning.accelerator()
-        self.config, self.output_dir = chosen(config, RewardConfig), output_dir
-        records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
+        c = self.config = chosen(config, RewardConfig)
+        self.output_dir, self.separator = output_dir, c.separator or "\n"
+        if calibration_data is not None and not c.normalise:
+            raise ValueError("calibration_data is for RewardConfig.normalise, which is false")
+        others = (None if d is None else read_records(d) for d in (eval_data, calibration_data))
+        records = [read_records(data), *others]
+        self.kind = preferences.kind_of(records[0])
+        if c.center_coef and self.kind != "pairwise":
+            raise ValueError(f"RewardConfig.center_coef is for pairs, and these are data of the kind {self.kind}")
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(c.seed)
             scorer = models.load_scalar_model(model)
-        self.max_length = models.allowed_length(scorer, self.config.max_length)
-        self.pairs = self._tokenise(records)
-        self.eval_pairs = self._tokenise(eval_records) if eval_records else []
-        answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
-        models.check_tokens(scorer, self.tokenizer, itertools.chain.from_iterable(answers))
+        self.max_length = models.allowed_length(scorer, c.max_length)
+        self.examples, self.eval_examples, self.calibration = (self._tokenise(some) for some in records)
+        every = [*self.examples, *self.eval_examples, *self.calibration]
+        models.check_tokens(scorer, self.tokenizer, (ids for e in every for ids in preferences.sequences(e)))
         self.model = learning.trainable(scorer, self.accelerator.device)
-        self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
-        self.steps = self.config.epochs * math.ceil(len(self.pairs) / self.config.batch_size)
+        settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
+        settings.step_separator = self.separator if self.kind == "process" else None
+        settings.score_shift = getattr(settings, "score_shift", 0.0)
+        self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
+        self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
 
-    def _tokenise(self, records: list[data.Record]) -> list[data.Pair]:
-        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
-        return data.pair_examples(records, self.tokenizer, **limits)
+    def _tokenise(self, records: list[data.Record] | None) -> list[Any]:
+        if records is None:
+            return []
+        c, kind = self.config, preferences.kind_of(records, like=self.kind)
+        limits: dict[str, Any] = {"max_length": self.max_length, "overlong": c.overlong, "separator": self.separator}
+        return preferences.reward_examples(records, self.tokenizer, kind=kind, **limits)
 
     def train(self, *, resume: bool = False) -> dict[str, float]:
         """Run every step and leave the reward model in ``output_dir``; returns the last metrics.
@@ -98,90 +142,150 @@ class RewardTrainer:
         """
         c = self.config
         run = Run("reward", self.output_dir, c, keep=c.keep, quiet=c.quiet)
-        return drive(
-            self,
-            run,
-            total=self.steps,
-            save_every=c.save_every,
-            resume=resume,
-            live=("loss", "accuracy", "eval_accuracy"),
-        )
+        return drive(self, run, total=self.steps, save_every=c.save_every, resume=resume, live=LIVE)
 
-    def batches(self) -> Iterator[list[data.Pair]]:
-        """The shuffled pairs of every epoch in batches; those that are left."""
-        every = epochs(self.pairs, self.config.batch_size, self.config.epochs, self.config.seed)
+    def batches(self) -> Iterator[list[Any]]:
+        """The shuffled records of every epoch in batches; those that are left."""
+        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
         return itertools.islice(every, self.done, None)
 
-    def step(self, batch: list[data.Pair]) -> dict[str, float]:
-        """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
+    def step(self, batch: list[Any]) -> dict[str, float]:
+        """One optimizer step on the mean loss of ``batch``; returns its statistics."""
+        c, count = self.config, sum(map(preferences.terms, batch))
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        loss, scores = torch.zeros((), device=self.accelerator.device), []
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            chosen, rejected = self.scores(part)
-            share = self.loss(part, chosen, rejected) * (len(part) / len(batch))
+        loss, seen = torch.zeros((), device=self.accelerator.device), []
+        for judged in self.parts(batch):
+            scores = self.scores(judged)
+            share = self.loss(judged, scores, count)
             self.accelerator.backward(share)
             loss += share.detach()
-            scores.append(torch.stack([chosen, rejected]).detach())
+            seen.append((judged, scores.detach()))
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        both = torch.cat(scores, 1)
-        right = (both[0] > both[1]).float().mean()
-        numbers = torch.stack([loss, norms[0], right, both.mean(), both.std()]).tolist()
-        stats = dict(zip(("loss", "grad_norm", "accuracy", "score_mean", "score_std"), numbers, strict=True))
+        stats = learning.numbers({"loss": loss, "grad_norm": norms[0]} | statistics(self.kind, seen)[0])
         learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done, self.updates = self.done + 1, self.updates + 1
         return stats | {"lr": rate}
 
-    def scores(self, pairs: list[data.Pair]) -> tuple[Tensor, Tensor]:
-        """The scores ``[B]`` of the chosen and of the rejected answers, from one forward pass over both."""
-        device = self.accelerator.device
-        answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        ids, mask = data.pad(answers, self.tokenizer.pad_token_id)
-        with learning.autocast(device, self.config.precision):
-            scores = models.sequence_scores(self.model, ids.to(device), mask.to(device))
-        chosen, rejected = scores.chunk(2)
-        return chosen, rejected
+    def parts(self, examples: list[Any]) -> Iterator[Judged]:
+        """``examples`` in micro-batches, on the model's device."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        for start in range(0, len(examples), size):
+            judged = preferences.collate(examples[start : start + size], self.tokenizer.pad_token_id)
+            yield judged.to(self.accelerator.device)
 
-    def loss(self, pairs: list[data.Pair], chosen: Tensor, rejected: Tensor) -> Tensor:
-        """The mean pairwise loss of ``pairs``, a 0-d tensor."""
-        margin = None
-        if any(pair.margin is not None for pair in pairs):
-            margin = torch.tensor([pair.margin or 0.0 for pair in pairs], device=chosen.device)
-        return pairwise_loss(chosen, rejected, margin=margin, center_coef=self.config.center_coef)
+    def scores(self, judged: Judged) -> Tensor:
+        """``[B, K]`` scores, from one forward pass over all sequences."""
+        with learning.autocast(self.accelerator.device, self.config.precision):
+            values = models.token_values(self.model, judged.ids, judged.attention)
+        return values[judged.rows, judged.places]
+
+    def loss(
+        self,
+        judged: Judged,
+        scores: Tensor,  # [B, K]
+        count: int,
+    ) -> Tensor:
+        """What a micro-batch adds to the mean loss over the ``count`` terms of its batch, a 0-d tensor."""
+        c, count = self.config, max(count, 1)
+        if self.kind == "pairwise":
+            better, worse = scores.unbind(1)
+            mean = pairwise_loss(better, worse, margin=judged.margins, center_coef=c.center_coef)
+            return mean * (len(scores) / count)
+        if self.kind == "ranking":
+            return ranking_loss(scores, judged.targets, kind=c.ranking, mask=judged.mask, denominator=count)
+        return pointwise_loss(scores, judged.targets, mask=judged.mask, denominator=count)
+
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss`` and the statistics of the held-out records, among them ``eval_accuracy``.
+
+        Raises ``ValueError`` where there are none.
+        """
+        if not self.eval_examples:
+            raise ValueError("there is nothing to evaluate on: eval_data is absent")
+        return self._judge(self.eval_examples)[0]
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """``eval_loss`` and ``eval_accuracy``, the share of held-out pairs whose chosen answer scores higher."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        loss = right = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, len(self.eval_pairs), size):
-            part = self.eval_pairs[start : start + size]
-            chosen, rejected = self.scores(part)
-            loss = loss + self.loss(part, chosen, rejected) * len(part)
-            right = right + (chosen > rejected).sum()
-        loss_mean, accuracy = (torch.stack([loss, right]) / len(self.eval_pairs)).tolist()
-        return {"eval_loss": loss_mean, "eval_accuracy": accuracy}
+    def _judge(self, examples: list[Any]) -> tuple[dict[str, float], Tensor]:
+        """The statistics of ``examples``, and their margins."""
+        count, loss, seen = sum(map(preferences.terms, examples)), [], []
+        for judged in self.parts(examples):
+            seen.append((judged, self.scores(judged)))
+            loss.append(self.loss(*seen[-1], count))
+        stats, margins = statistics(self.kind, seen)
+        found = learning.numbers({"loss": torch.stack(loss).sum()} | stats)
+        return {f"eval_{name}": value for name, value in found.items()}, margins
+
+    def normalise(self) -> None:
+        """Shift all scores so that those of the calibration data, or else of the training data, have mean 0."""
+        config = models.unwrap(self.model).config
+        config.score_shift = 0.0
+        config.score_shift = -self._judge(self.calibration or self.examples)[0]["eval_score_mean"]
 
     def after(self, step: int, run: Run) -> dict[str, float]:
-        """Evaluate where it is due."""
-        every = self.config.eval_every
-        due = step == self.steps or (every and step % every == 0)
-        return self.evaluate() if self.eval_pairs and due else {}
+        """Normalise at the end, evaluate where it is due."""
+        every, last = self.config.eval_every, step == self.steps
+        if last and self.config.normalise:
+            self.normalise()
+        if not self.eval_examples or not (last or (every and step % every == 0)):
+            return {}
+        stats, margins = self._judge(self.eval_examples)
+        run.append("margins.jsonl", step, histogram(margins))
+        return stats
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
         self.save_model(folder)
-        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.pairs)
+        shift = models.unwrap(self.model).config.score_shift
+        numbers = {"step": self.done, "updates": self.updates, "score_shift": shift}
+        checkpoint.save_state(folder, self.optimizer, numbers, [*self.examples, *self.calibration])
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
         models.restore(self.model, folder)
-        numbers = checkpoint.load_state(folder, self.optimizer, self.pairs)
+        numbers = checkpoint.load_state(folder, self.optimizer, [*self.examples, *self.calibration])
         self.done, self.updates = numbers["step"], numbers["updates"]
+        models.unwrap(self.model).config.score_shift = numbers["score_shift"]
 
     def save_model(self, folder: Path) -> None:
-        """Write the reward model and its tokenizer as ``save_pretrained`` does."""
+        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range.
+
+        The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
+        transformers' own forward does not: there the scores differ from ours by this constant.
+        """
+        if self.done == self.steps and self.kind != "process":  # of whose scores the lowest counts
+            answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
+            note_range(self.model, answers, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)
+
+
+def statistics(kind: str, seen: list[tuple[Judged, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """How well scores ``[B, K]`` predict what is said of the answers, and the margins, one per prediction.
+
+    Of two answers that compete the margin is the score of the better less that of the worse; of a labelled one its
+    score, negative where the label is below a half. Where it is positive the prediction is right; 0 is half right.
+    """
+    scores = torch.cat([s.flatten()[judged.there] for judged, s in seen])
+    if kind in ("pairwise", "ranking"):
+        first = torch.cat([s.flatten()[judged.over] for judged, s in seen])
+        second = torch.cat([s.flatten()[judged.under] for judged, s in seen])
+        margins, ece = first - second, pairwise_calibration_error(first, second)
+    else:
+        labels = torch.cat([judged.targets.flatten()[judged.there] for judged, _ in seen])
+        margins, ece = scores * (labels - 0.5).sign(), calibration_error(scores, labels)
+    accuracy, mean = pairwise_accuracy(margins, torch.zeros_like(margins)), scores.mean()
+    std = (scores - mean).square().mean().sqrt()
+    stats = {"accuracy": accuracy, "ece": ece, "margin_mean": margins.mean(), "score_mean": mean, "score_std": std}
+    return stats, margins
+
+
+def histogram(
+    margins: Tensor,  # [M]
+    bins: int = 20,
+) -> dict[str, list[float]]:
+    """``counts`` of the margins between ``edges``, of which the one in the middle is 0."""
+    finite = margins[margins.isfinite()].float().cpu()
+    limit = max(finite.abs().amax().item() if len(finite) else 0.0, 1e-6)
+    edges = torch.linspace(-limit, limit, bins + 1)
+    return {"edges": edges.tolist(), "counts": torch.histc(finite, bins, -limit, limit).tolist()}

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 
 from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers.lines import cut
+from rlhf_fast.trainers.page import write_page
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
@@ -47,9 +48,12 @@ class Run:
     ::
 
         run.json            the trainer, its config and the versions it ran with
-        metrics.jsonl       one JSON object per step
+        metrics.jsonl       one JSON object per step; docs/metrics.md explains the names
+        warnings.jsonl      what trainers/watch.py found in them, if anything
+        report.html         all of that as a page, also of a run that fails
         tensorboard/        the same numbers
         samples.jsonl       responses written during PPO
+        margins.jsonl       a histogram per evaluation of a reward model
         checkpoints/step-N  the last ``keep`` of them, each complete: it is renamed into place when all is written
         (the files of the final model, as ``save_pretrained`` names them)
     """
@@ -60,6 +64,7 @@ class Run:
         self.stop_signal = 0
         self.start, self.before = time.monotonic(), 0.0  # seconds that the run had taken before it was resumed
         self.metrics: dict[str, float] = {}
+        self.past: list[dict[str, Any]] = []  # the lines of metrics.jsonl before the run was resumed
 
     def open(self, total: int, *, resume: bool = False) -> Path | None:
         """Create the folder and start the clock of ``total`` steps; returns the checkpoint to go on from, if any.
@@ -138,20 +143,25 @@ class Run:
         assert self.folder is not None
         from torch.utils.tensorboard import SummaryWriter
 
-        lines = _cut(self.folder / "metrics.jsonl", step)
-        _cut(self.folder / "samples.jsonl", step)
+        lines = self.past = cut(self.folder / "metrics.jsonl", step)
+        for name in ("samples.jsonl", "margins.jsonl", "warnings.jsonl"):
+            cut(self.folder / name, step)
         for line in lines:
             self.metrics |= {name: value for name, value in line.items() if name not in ("step", "time")}
         self.before = lines[-1]["time"] if lines else 0.0
         self.lines = open(self.folder / "metrics.jsonl", "a")  # noqa: SIM115 (it lives as long as the run)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def close(self) -> None:
-        """Flush and close what ``open`` opened."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Flush and close what ``open`` opened, and write report.html; ``error`` is what ended the run early."""
         self.bar.close()
         if self.folder is not None:
             self.lines.close()
             self.board.close()
+            try:
+                write_page(self.folder, self.kind, error)
+            except Exception as fault:  # a page that cannot be written must not hide what ended the run
+                warnings.warn(f"{self.folder / 'report.html'} was not written: {fault}", stacklevel=2)
             self.lock.close()
 
     def log(self, step: int, stats: dict[str, float], *, live: Iterable[str] = ()) -> None:
@@ -169,11 +179,16 @@ class Run:
         for name, value in stats.items():
             self.board.add_scalar(name, value, step)
 
+    def append(self, name: str, step: int, record: dict[str, Any]) -> None:
+        """Append a line to the file ``name``."""
+        if self.folder is not None:
+            with open(self.folder / name, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
     def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append ``{prompt, response, score}`` records to samples.jsonl and print them as a table."""
-        if self.folder is not None:
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+        for sample in samples:
+            self.append("samples.jsonl", step, sample)
         if self.quiet:
             return
         from rich.console import Console
@@ -184,6 +199,11 @@ class Run:
             table.add_row(_short(sample["prompt"]), _short(sample["response"]), f"{sample['score']:.3f}")
         with self.bar.external_write_mode(file=sys.stderr):
             Console(stderr=True, markup=False, highlight=False).print(table)
+
+    def warn(self, step: int, cause: str, sentence: str) -> None:
+        """Append a warning to warnings.jsonl and say it above the progress bar."""
+        self.append("warnings.jsonl", step, {"cause": cause, "warning": sentence})
+        self.say(f"step {step}: {sentence}")
 
     def checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
         """Let ``save`` fill checkpoints/step-N; a crash on the way leaves the older checkpoints as they are."""
@@ -268,21 +288,6 @@ def versions() -> dict[str, str]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of ``path`` after ``step``, also one that a kill cut short; returns those that stay."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            if (record := json.loads(line))["step"] <= step:
-                kept.append((line, record))
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-    os.replace(partial, path)
-    return [record for _, record in kept]
 
 
 def _short(text: str, room: int = 240) -> str:

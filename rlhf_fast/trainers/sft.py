@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
 from rlhf_fast.trainers import checkpoint, learning
 from rlhf_fast.trainers.drive import drive
@@ -24,7 +24,7 @@ class SFTConfig:
 
     epochs: int = option(1, "passes over the data", low=1)
     batch_size: int = option(16, "sequences per optimizer step", low=1)
-    micro_batch_size: int | None = option(None, "sequences per forward pass, a matter of memory only", low=1)
+    micro_batch_size: int | None = option(None, "sequences, or packed rows, per forward pass: memory only", low=1)
     learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
     schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
@@ -32,6 +32,7 @@ class SFTConfig:
     max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
     max_length: int | None = option(None, "longest sequence in tokens; the model's context if absent", low=2)
     overlong: str = option("error", "a longer sequence stops the run, is cut or is left out", choices=data.OVERLONG)
+    packing: bool = option(False, "sequences of a batch share rows of max_length, or as long as the longest if absent")
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     seed: int = option(0, "of the order of the data", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
@@ -77,6 +78,9 @@ class SFTTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
         self.model = learning.trainable(policy, self.accelerator.device)
+        if self.config.packing:
+            packing.prefer_varlen(self.model, self.accelerator.device, self.config.precision)
+            packing.check_packing(self.model)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
@@ -102,14 +106,13 @@ class SFTTrainer:
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
+        c = self.config
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         tokens = sum(sum(example.mask[1:]) for example in batch)
         loss = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, len(batch), size):
-            part = self.loss(batch[start : start + size]) / max(tokens, 1)
-            self.accelerator.backward(part)
-            loss += part.detach()
+        for total in self.losses(batch):
+            self.accelerator.backward(total / max(tokens, 1))
+            loss += total.detach() / max(tokens, 1)
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
         loss_value, norm = torch.stack([loss, norms[0]]).tolist()
         learning.check_finite(self.optimizer, loss_value, [norm])
@@ -117,6 +120,28 @@ class SFTTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.done, self.updates = self.done + 1, self.updates + 1
         return {"loss": loss_value, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
+
+    def losses(self, batch: list[data.Example]) -> Iterator[Tensor]:
+        """The ``loss`` of ``batch`` in parts of ``micro_batch_size``, one after the other."""
+        c = self.config
+        if not c.packing:
+            size = c.micro_batch_size or len(batch)
+            yield from (self.loss(batch[start : start + size]) for start in range(0, len(batch), size))
+            return
+        lengths = [len(example.ids) for example in batch]
+        rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
+        size = c.micro_batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            yield self.packed_loss([[batch[i] for i in row] for row in rows[start : start + size]])
+
+    def packed_loss(self, rows: list[list[data.Example]]) -> Tensor:
+        """The ``loss`` of examples that share rows."""
+        device, flat = self.accelerator.device, packing.uses_varlen(self.model)
+        pieces = [[(example.ids, example.mask) for example in row] for row in rows]
+        packed = packing.pack(pieces, self.tokenizer.pad_token_id, device, flat=flat)
+        with learning.autocast(device, self.config.precision):
+            logits = packing.packed_logits(self.model, packed)
+        return -ops.logprobs(logits[:, :-1], packed.ids[:, 1:], mask=packed.mask[:, 1:]).logprobs.sum()
 
     def loss(self, batch: list[data.Example]) -> Tensor:
         """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
@@ -131,10 +156,13 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
-        size = self.config.micro_batch_size or self.config.batch_size
+        size = self.config.batch_size
         parts = [self.eval_examples[i : i + size] for i in range(0, len(self.eval_examples), size)]
         tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
-        return {"eval_loss": torch.stack([self.loss(part) for part in parts]).sum().item() / max(tokens, 1)}
+        return {
+            "eval_loss": torch.stack([loss for part in parts for loss in self.losses(part)]).sum().item()
+            / max(tokens, 1)
+        }
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""

@@ -24,6 +24,11 @@ from rlhf_fast.trainers import checkpoint  # noqa: E402
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful", "not good")]
 PAIRS = [{"prompt": f"the {w}", "chosen": " was good", "rejected": " was awful"} for w in ("movie", "plot", "Bot")]
+RANKED = [
+    {"prompt": f"the {w}", "responses": [" was good", " awful", " was not bad"][:k], "scores": [1.0, 0.5, 2.0][:k]}
+    for w, k in (("movie", 3), ("plot", 2), ("Bot", 3), ("good", 1))
+]
+STEPS = [{"prompt": f"the {w}", "steps": [" was", " good"], "labels": [None, i % 2]} for i, w in enumerate("abc")]
 PROMPTS = [{"prompt": f"the {w} was"} for w in ("movie", "plot", "bad", "good", "dull")]
 
 
@@ -36,10 +41,24 @@ def make(kind: str, folder: Path):
     """A trainer of six steps with a checkpoint every third."""
     common = {"output_dir": folder, "tokenizer": TOKENIZER}
     numbers = {"save_every": 3, "quiet": True, "batch_size": 2, "learning_rate": 1e-3}
-    if kind == "sft":
-        return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=rf.SFTConfig(epochs=2, **numbers), **common)
+    if kind.startswith("sft"):
+        config = rf.SFTConfig(epochs=2, packing=kind == "sft packed", **numbers)
+        return rf.SFTTrainer(tiny_gpt2(), data=DEMOS, config=config, **common)
     if kind == "reward":
         return rf.RewardTrainer(tiny_gpt2(), data=PAIRS, config=rf.RewardConfig(epochs=3, **numbers), **common)
+    if kind.startswith("distill"):
+        given = {"data": DEMOS} if kind == "distill" else {"prompts": PROMPTS}
+        config = rf.DistillConfig(epochs=2, steps=6, max_new_tokens=6, **numbers)
+        teacher = tiny_gpt2(seed=1)
+        return rf.DistillTrainer(tiny_gpt2(), teacher=teacher, reward=noisy_reward, config=config, **given, **common)
+    if kind.startswith("dpo"):
+        config = rf.DPOConfig(epochs=3, precompute_reference=kind == "dpo known", **numbers)
+        return rf.DPOTrainer(tiny_gpt2(), data=PAIRS, config=config, **common)
+    if kind == "rrhf":
+        return rf.RRHFTrainer(tiny_gpt2(), data=RANKED, config=rf.RRHFConfig(epochs=3, **numbers), **common)
+    if kind == "process":
+        config = rf.RewardConfig(epochs=3, normalise=True, eval_every=1, **numbers)
+        return rf.RewardTrainer(tiny_gpt2(), data=STEPS, eval_data=STEPS, config=config, **common)
     if kind == "grpo":
         config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
         return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
@@ -89,7 +108,7 @@ def forked(*task) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     make("ppo", None)  # transformers imports its parts when they are first used
-    for kind in ("sft", "reward", "ppo", "grpo"):
+    for kind in sys.argv[2:]:
         print(kind, "whole", forked(kind, root / f"{kind} whole", "never"))
         for moment in ("step", "during save", "after save"):
             folder = root / f"{kind} {moment}"

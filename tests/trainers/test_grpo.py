@@ -207,3 +207,21 @@ def test_it_learns(advantage):
     seen = [trainer.step(batch)["scores"] for batch in trainer.batches()]
     assert seen[0] < 0.1
     assert sum(seen[-5:]) / 5 > 0.6
+
+
+def test_the_reward_models_leave_room_for_an_end_token():
+    """Two of them, of which the shorter counts; the policy itself reads 128 tokens."""
+    members = [rf.models.load_scalar_model(tiny_gpt2(n_positions=n)) for n in (12, 20)]
+    for reward in (members, members[0]):
+        build(reward=reward, prompts=[{"prompt": " the" * 5}], steps=1, batch_size=1, minibatch_size=3).train()
+        with pytest.raises(ValueError, match="record 1: the prompt is 6 tokens long, and 5 fit"):
+            build(reward=reward, prompts=[{"prompt": " the" * 6}])
+
+
+def test_an_ensemble_is_the_reward_of_a_run():
+    ensemble = rf.EnsembleReward([length, lambda p, r: [0.0] * len(r)], combine="mean_minus_std", caution=2.0)
+    trainer = build(reward=ensemble)
+    rollout, scores, _ = trainer.rollout(trainer.prompts[:4])
+    lengths = torch.tensor(length(None, rollout.texts))
+    torch.testing.assert_close(scores, lengths / 2 - 2 * lengths / 2**0.5)
+    torch.testing.assert_close(ensemble.uncertainty, lengths / 2**0.5)

@@ -9,7 +9,17 @@ TOKENIZER = tiny_tokenizer()
 DEMOS = {"data": [{"prompt": "the movie", "response": " was good"}]}
 PAIRS = {"data": [{"prompt": "the movie", "chosen": " was good", "rejected": " was bad"}]}
 PROMPTS = {"prompts": [{"prompt": "the movie"}], "reward": lambda prompts, responses: [0.0] * len(prompts)}
-TRAINERS = [(rf.SFTTrainer, DEMOS), (rf.RewardTrainer, PAIRS), (rf.PPOTrainer, PROMPTS), (rf.GRPOTrainer, PROMPTS)]
+RANKED = {"data": [{"prompt": "the movie", "responses": [" was good", " was bad"], "scores": [1, 0]}]}
+TRAINERS = [
+    (rf.SFTTrainer, DEMOS),
+    (rf.RewardTrainer, PAIRS),
+    (rf.PPOTrainer, PROMPTS),
+    (rf.GRPOTrainer, PROMPTS),
+    (rf.RRHFTrainer, RANKED),
+    (rf.DPOTrainer, PAIRS),
+    (rf.DistillTrainer, DEMOS | {"teacher": tiny_gpt2(TOKENIZER)}),
+    (rf.DistillTrainer, {"prompts": [{"prompt": "the movie"}], "teacher": tiny_gpt2(TOKENIZER)}),
+]
 
 
 @pytest.mark.parametrize(("trainer", "given"), TRAINERS)
@@ -29,7 +39,13 @@ def test_a_tokenizer_whose_tokens_the_model_does_not_have(trainer, given):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "config", "given"), [(rf.SFTTrainer, rf.SFTConfig, DEMOS), (rf.RewardTrainer, rf.RewardConfig, PAIRS)]
+    ("trainer", "config", "given"),
+    [
+        (rf.SFTTrainer, rf.SFTConfig, DEMOS),
+        (rf.RewardTrainer, rf.RewardConfig, PAIRS),
+        (rf.RRHFTrainer, rf.RRHFConfig, RANKED),
+        (rf.DPOTrainer, rf.DPOConfig, PAIRS),
+    ],
 )
 def test_a_length_beyond_the_context(trainer, config, given):
     model = tiny_gpt2(TOKENIZER, n_positions=16)

@@ -305,7 +305,8 @@ def test_metrics_have_their_names_and_values(tmp_path):
     trainer.output_dir = tmp_path / "run"
     metrics = trainer.train()
     names = """loss policy_loss value_loss entropy kl approx_kl clipfrac value_clipfrac ratio_mean ratio_max scores
-        mismatch skipped rewards kl_coef response_length ended explained_variance lr grad_norm critic_grad_norm"""
+        first_approx_kl mismatch skipped rewards kl_coef response_length ended explained_variance lr grad_norm
+        critic_grad_norm"""
     assert set(metrics) == set(names.split())
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the policy before its first step
@@ -586,3 +587,14 @@ def test_every_model_has_room_for_prompt_and_response(role, fit):
             continue
         with pytest.raises(ValueError, match=f"record 1: the prompt is {length} tokens long, and {fit} fit"):
             PPOTrainer(tiny_gpt2(tokenizer), prompts=prompts, tokenizer=tokenizer, config=config, **given)
+
+
+def test_the_critic_of_an_ensemble_starts_from_its_first_reward_model():
+    from rlhf_fast.models import load_scalar_model
+
+    members = [load_scalar_model(tiny_gpt2(tiny_tokenizer(), seed=seed)) for seed in (1, 2)]
+    trainer = build(reward=[length_score, *members], steps=1)
+    for value, expected in zip(trainer.critic.parameters(), members[0].parameters(), strict=True):
+        assert torch.equal(value, expected)
+    trainer.train()
+    assert trainer.reward.uncertainty.shape == (6,)

@@ -16,7 +16,8 @@ import rlhf_fast as rf
 from rlhf_fast.trainers import checkpoint
 from rlhf_fast.trainers.run import Run
 
-KINDS, MOMENTS = ("sft", "reward", "ppo", "grpo"), ("step", "during save", "after save")
+KINDS = ("sft", "sft packed", "reward", "process", "ppo", "grpo", "rrhf", "dpo", "dpo known", "distill", "distill own")
+MOMENTS = ("step", "during save", "after save")
 TOKENIZER = tiny_tokenizer()
 DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in ("good", "bad", "great", "awful")]
 
@@ -27,7 +28,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     script = Path(__file__).with_name("killed_runs.py")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(root)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(script), str(root), *KINDS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return root, done.stdout.splitlines(), done.stderr
 
@@ -54,7 +56,9 @@ def test_six_steps_are_three_a_kill_and_three(runs, kind, moment):
     assert figures(resumed) == figures(whole)
     assert [line["step"] for line in figures(whole)] == [1, 2, 3, 4, 5, 6]
     assert contents(resumed / "checkpoints") == contents(whole / "checkpoints")
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "config.json", "margins.jsonl"):
+        assert (resumed / name).exists() == (whole / name).exists() == (name != "margins.jsonl" or kind == "process")
+        assert not (whole / name).exists() or (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_half_written_checkpoint_is_named(runs):

@@ -110,3 +110,46 @@ def test_long_sequences_raise_are_cut_or_left_out():
         build(data)
     assert len(build(data, overlong="drop").examples) == 5
     assert max(len(e.ids) for e in build(data, overlong="truncate", max_length=16).examples) == 16
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize(("micro", "max_length"), [(None, None), (1, None), (None, 40), (2, 128)])
+def test_packed_sequences_have_the_loss_and_gradient_of_those_that_stand_alone(make, pad_is_eos, micro, max_length):
+    options = {"micro_batch_size": micro, "max_length": max_length, "max_grad_norm": 1e9}
+    trainer = build(make=make, pad_is_eos=pad_is_eos, packing=True, **options)
+    loss, tokens, gradient = by_hand(trainer, trainer.examples)
+    taken, shapes = [], []
+    trainer.optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    trainer.model.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=1
+    )
+    stats = trainer.step(trainer.examples)
+    assert stats["loss"] == pytest.approx(loss, abs=1e-6)
+    assert stats["tokens"] == tokens
+    # float32 passes against float64 ones: some 1e-6 of the largest entry.
+    assert (taken[0] - gradient).abs().max() < 5e-6 * gradient.abs().max()
+    longest = max(len(example.ids) for example in trainer.examples)
+    assert sum(rows for rows, _ in shapes) < len(trainer.examples)
+    assert max(width for _, width in shapes) <= (max_length or longest)
+
+
+def test_packed_evaluation():
+    expected, _, _ = by_hand(build(), build().examples)
+    for size in (2, 5):
+        found = build(eval_data=DEMOS, batch_size=size, packing=True).evaluate()
+        assert found["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_packed_run_says_nothing_of_padding(capfd):
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    try:
+        build(packing=True, max_length=40).train()
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,92 @@
+"""Several sequences in one row, without padding between them: positions begin again, none attends to another."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import dispatch
+from rlhf_fast.data import pad
+from rlhf_fast.models import accepts, evaluating
+from rlhf_fast.pretrained import silent, unwrap
+
+
+class Packed(NamedTuple):
+    """``R`` rows of sequences that stand one after the other."""
+
+    ids: Tensor  # [R, L], int64
+    positions: Tensor  # [R, L], int64, 0 where a sequence begins, and on padding
+    mask: Tensor  # [R, L], bool, True on the tokens that count
+
+
+def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """The sequences of ``lengths``, by their index, in rows of at most ``room`` tokens: first fit decreasing.
+
+    The longest come first, each into the first row with room for it; at most 11/9 of the fewest rows there could be,
+    and one more (Johnson 1973). A sequence longer than ``room`` has a row of its own.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = next((row for row, free in enumerate(left) if free >= lengths[i]), len(rows))
+        if at == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[at].append(i)
+        left[at] -= lengths[i]
+    return rows
+
+
+def pack(
+    rows: Sequence[Sequence[tuple[list[int], list[bool]]]], pad_id: int, device: torch.device, *, flat: bool = False
+) -> Packed:
+    """``(ids, mask)`` of every sequence of every row; ``flat`` puts all rows behind each other, without padding.
+
+    The first token of a sequence never counts, for nothing predicts it.
+    """
+    rows = [[sequence for row in rows for sequence in row]] if flat else rows
+    ids, _ = pad([[token for ids, _ in row for token in ids] for row in rows], pad_id)
+    positions, _ = pad([[i for ids, _ in row for i in range(len(ids))] for row in rows], 0)
+    mask, _ = pad([[m and i > 0 for _, mask in row for i, m in enumerate(mask)] for row in rows], False)
+    return Packed(*(x.to(device, non_blocking=True) for x in (ids, positions, mask)))
+
+
+def packed_logits(model: Any, packed: Packed) -> Tensor:
+    """``[R, L, V]`` logits; those at a token are of the next one.
+
+    Where no mask is given transformers tells the sequences from the positions: by a block-diagonal mask, or by
+    flash-attn's kernels for sequences of different lengths.
+    """
+    with silent():  # it warns of padding without a mask, which no sequence sees
+        output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+    logits: Tensor = output.logits
+    return logits
+
+
+def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
+    """Let ``model`` attend by flash-attn where that is installed and can: on a GPU, in bfloat16."""
+    able = getattr(unwrap(model), "_supports_flash_attn", False)
+    if able and device.type == "cuda" and precision == "bf16" and dispatch.find_spec("flash_attn") is not None:
+        unwrap(model).set_attn_implementation("flash_attention_2")
+
+
+def uses_varlen(model: Any) -> bool:
+    """Whether ``model`` attends by flash-attn, which reads sequences of any length from a single row."""
+    return "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Raise ``ValueError`` where a sequence of ``model`` would see the others of its row."""
+    name = type(unwrap(model)).__name__
+    if "position_ids" not in accepts(model):
+        raise ValueError(f"{name} takes no position_ids, so that its sequences cannot be packed")
+    device, flat = next(model.parameters()).device, uses_varlen(model)
+    sequences = [([1, 2, 3], [True] * 3), ([2, 1, 3, 1], [True] * 4)]
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+        beside = packed_logits(model, pack([sequences], 0, device))[0, 3:].float()
+        alone = packed_logits(model, pack([sequences[1:]], 0, device))[0].float()
+    allowed = (3e-2 if flat else 1e-3) * alone.abs().max()
+    if (alone - beside).abs().max() > allowed:
+        raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")

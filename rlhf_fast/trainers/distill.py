@@ -1,0 +1,280 @@
+"""Distillation: a student learns the teacher's distribution over every next token, and what a reward says of its own.
+
+Hinton et al. 2015; on the student's own samples Agarwal et al. 2024, "GKD", and Gu et al. 2024, "MiniLLM".
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import columns, data, models
+from rlhf_fast.data import read_records
+from rlhf_fast.losses import distill_loss, group_advantages
+from rlhf_fast.losses.distill import DIVERGENCES
+from rlhf_fast.pretrained import unwrap
+from rlhf_fast.rewards import RewardError, ask, check_scores, load_reward
+from rlhf_fast.trainers import checkpoint, learning, offline, online
+from rlhf_fast.trainers.drive import drive
+from rlhf_fast.trainers.options import chosen, option, validate
+from rlhf_fast.trainers.run import Run, check_folder, epochs
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Every number of distillation."""
+
+    epochs: int = option(1, "passes over the given responses", low=1)
+    steps: int = option(200, "steps on the student's own responses: each writes and learns from one batch", low=1)
+    batch_size: int = option(16, "responses per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "responses per forward pass, a matter of memory only", low=1)
+    learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
+    schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
+    max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
+    kind: str = option("forward", "KL(teacher || student), the reverse, or the symmetric jsd", choices=DIVERGENCES)
+    soft_temperature: float = option(1.0, "softens both distributions of the divergence", above=0.0)
+    alpha: float = option(1.0, "weight of the divergence beside the reward", low=0.0)
+    skip_failed_rewards: bool = option(False, "leave out a batch on which the reward function raises, and count it")
+    max_length: int | None = option(None, "longest given sequence in tokens; the context if absent", low=2)
+    max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
+    overlong: str = option("error", "a longer sequence stops the run, is cut (a prompt never) or is left out",
+                           choices=data.OVERLONG)  # fmt: skip
+    max_new_tokens: int = option(64, "longest response of the student in tokens", low=1)
+    temperature: float = option(1.0, "sampling temperature of the student's responses", above=0.0)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
+    top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
+    precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    seed: int = option(0, "of the order of the data and the responses", low=0, high=2**63 - 1)
+    eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
+    save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
+    keep: int = option(2, "checkpoints that stay on the disk", low=1)
+    quiet: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class DistillTrainer:
+    """Teach ``model`` to predict as ``teacher`` does, on given responses or on its own.
+
+    Args:
+        model: the student: a path, a Hub id or a causal LM.
+        teacher: a path, a Hub id or a causal LM with the student's vocabulary.
+        data: given responses: a path, a list of dicts or a ``datasets.Dataset`` as for ``SFTTrainer``.
+        prompts: in place of ``data``, prompts that the student answers itself at every step.
+        reward: a path or module with a scalar head, or ``callable(prompts, responses, **columns)`` that returns one
+            score per response. Standardised over the batch it is the advantage of a policy gradient beside the
+            divergence. Given responses need the columns ``prompt`` and ``response`` for it.
+        output_dir: the folder of the run; nothing is written without it.
+        config: a ``DistillConfig``.
+        tokenizer: needed if ``model`` is a module.
+        eval_data: held-out responses, like ``data``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        teacher: Any,
+        data: Any = None,
+        prompts: Any = None,
+        reward: Any = None,
+        output_dir: str | Path | None = None,
+        config: DistillConfig | None = None,
+        tokenizer: Any = None,
+        eval_data: Any = None,
+    ) -> None:
+        check_folder(output_dir, run=True)
+        if (data is None) == (prompts is None):
+            raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
+        self.accelerator = learning.accelerator()
+        c = self.config = chosen(config, DistillConfig)
+        self.device, self.output_dir, self.own = self.accelerator.device, output_dir, data is None
+        records = read_records(prompts if self.own else data)
+        eval_records = [] if eval_data is None else read_records(eval_data)
+        self.tokenizer = models.load_tokenizer(model, tokenizer)
+        student, self.teacher = models.load_policy(model), models.load_policy(teacher)
+        both = (student, self.teacher)
+        lengths = [n for m in both if (n := models.allowed_length(m, c.max_length))]
+        self.max_length = min(lengths, default=None)
+        if self.own:
+            self.examples: list[Any] = online.tokenise(records, self.tokenizer, dict.fromkeys(both, 0), c)
+        else:
+            self.examples = self._tokenise(records)
+        self.eval_examples = self._tokenise(eval_records) if eval_records else []
+        given = [*self.eval_examples, *([] if self.own else self.examples)]
+        for each in both:
+            models.check_tokens(each, self.tokenizer, (example.ids for example in given))
+        check_vocabulary(student, self.teacher, teacher, self.tokenizer)
+        self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
+        self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
+        self.model = learning.trainable(student, self.device)
+        self.teacher = models.frozen_copy(self.teacher).to(self.device)
+        self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
+        self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
+        self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
+        self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward
+
+    def _tokenise(self, records: list[data.Record]) -> list[data.Example]:
+        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
+        return data.sft_examples(records, self.tokenizer, **limits)
+
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Run every step and leave the student in ``output_dir``; returns the last metrics.
+
+        With ``resume`` the run in ``output_dir`` goes on from its last checkpoint, if there is one, to the bits that it
+        would have had without the stop.
+        """
+        c, live = self.config, ("loss", "divergence", "scores", "eval_divergence")
+        run = Run("distill", self.output_dir, c, keep=c.keep, quiet=c.quiet)
+        return drive(self, run, total=self.steps, save_every=c.save_every, resume=resume, live=live)
+
+    def batches(self) -> Iterator[list[Any]]:
+        """The batches of examples or prompts that are left, in the order of the seed."""
+        c = self.config
+        if self.own:
+            return online.batches(self.examples, c, self.done)
+        return itertools.islice(epochs(self.examples, c.batch_size, c.epochs, c.seed), self.done, None)
+
+    def step(self, batch: list[Any]) -> dict[str, float]:
+        """One optimizer step on the mean over the response tokens of ``batch``; returns its statistics."""
+        c = self.config
+        total: dict[str, Tensor] = {}
+        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
+        try:
+            parts, scores, stats = self.written(batch) if self.own else self.given(batch)
+        except RewardError as error:
+            if not c.skip_failed_rewards:
+                raise
+            warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
+            self.done, self.skipped = self.done + 1, self.skipped + 1
+            return {"skipped": float(self.skipped)}
+        tokens = torch.stack([part.mask.sum() for part in parts]).sum()
+        rows = torch.arange(len(batch), device=self.device).split([len(part.mask) for part in parts])
+        advantages = None if scores is None else group_advantages(scores, torch.zeros_like(scores, dtype=torch.long))
+        for part, at in zip(parts, rows, strict=True):
+            loss, divergence = self.loss(part, None if advantages is None else advantages[at], tokens)
+            self.accelerator.backward(loss)
+            for name, value in (("loss", loss.detach()), ("divergence", divergence)):
+                total[name] = total.get(name, 0) + value
+        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
+        stats |= {} if scores is None else {"scores": scores.mean()}
+        numbers = learning.numbers(total | stats | {"grad_norm": norms[0], "tokens": tokens})
+        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"]])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done, self.updates = self.done + 1, self.updates + 1
+        return numbers | {"lr": rate} | ({"skipped": float(self.skipped)} if self.reward else {})
+
+    def given(self, batch: list[data.Example]) -> tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]:
+        """Given responses in parts for one forward pass each, and their scores ``[B]`` if there is a reward."""
+        size = self.config.micro_batch_size or len(batch)
+        parts = [self.collate(batch[i : i + size]) for i in range(0, len(batch), size)]
+        if self.reward is None:
+            return parts, None, {}
+        asked, answers, more = zip(*(self.said[example.place] for example in batch), strict=True)
+        names = dict.fromkeys(name for columns in more for name in columns)
+        return parts, self.scores(asked, answers, {n: [columns.get(n) for columns in more] for n in names}), {}
+
+    @torch.no_grad()
+    def written(self, batch: list[data.Prompt]) -> tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]:
+        """Responses that the student writes to ``batch``, as in ``given``, and what they look like."""
+        c, size = self.config, self.config.micro_batch_size or len(batch)
+        rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
+        chosen = [rollout.select(rows) for rows in torch.arange(len(batch)).split(size)]
+        parts = [offline.Answers(part.ids, part.attention, part.responses, part.mask) for part in chosen]
+        stats = {"response_length": rollout.mask.sum(1).float().mean(), "ended": rollout.ended.float().mean()}
+        if self.reward is None:
+            return parts, None, stats
+        return parts, self.scores(rollout.prompts, rollout.texts, rollout.columns), stats
+
+    def scores(self, asked: Any, answers: Any, more: dict[str, list[Any]]) -> Tensor:
+        """What the reward says, ``[B]``, raw."""
+        asked, answers = list(asked), list(answers)
+        assert self.reward is not None
+        with torch.no_grad(), learning.autocast(self.device, self.config.precision):
+            said = ask(self.reward, asked, answers, more)
+        found = check_scores(said, len(asked), answers, prompts=asked).to(self.device)
+        if found.dim() != 1:
+            raise ValueError(f"the reward must return one score per response, got shape {list(found.shape)}")
+        return found
+
+    def collate(self, part: list[data.Example]) -> offline.Answers:
+        """The sequences of ``part`` on the model's device."""
+        sequences, masks = [example.ids for example in part], [example.mask for example in part]
+        return offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.device)
+
+    def loss(self, answers: offline.Answers, advantages: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What some responses, with ``advantages [B]``, add to the loss and the divergence of ``tokens`` tokens."""
+        c = self.config
+        student = offline.logits(self.model, answers, c.precision)
+        with torch.no_grad():
+            teacher = offline.logits(self.teacher, answers, c.precision)
+        alike = min(student.shape[-1], teacher.shape[-1])  # a head may have rows for no token, to be a round number
+        student, teacher = student[..., :alike], teacher[..., :alike]
+        soft: dict[str, Any] = {"temperature": c.soft_temperature, "kind": c.kind, "denominator": tokens.clamp(min=1)}
+        gain: dict[str, Any] = {} if advantages is None else {"advantages": advantages, "ids": answers.responses}
+        loss = distill_loss(student, teacher, answers.mask, alpha=c.alpha, **soft, **gain)
+        if advantages is None and c.alpha:
+            return loss, loss.detach() / (c.alpha * c.soft_temperature**2)
+        with torch.no_grad():
+            return loss, distill_loss(student, teacher, answers.mask, **soft) / c.soft_temperature**2
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """``eval_divergence``, the mean over the response tokens of the held-out data, in nats."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        parts = [self.collate(self.eval_examples[i : i + size]) for i in range(0, len(self.eval_examples), size)]
+        tokens = torch.stack([part.mask.sum() for part in parts]).sum()
+        return {"eval_divergence": torch.stack([self.loss(part, None, tokens)[1] for part in parts]).sum().item()}
+
+    def after(self, step: int, run: Run) -> dict[str, float]:
+        """Evaluate where it is due."""
+        every = self.config.eval_every
+        due = step == self.steps or (every and step % every == 0)
+        return self.evaluate() if self.eval_examples and due else {}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        self.save_model(folder)
+        kept = {"step": self.done, "updates": self.updates, "skipped": self.skipped}
+        checkpoint.save_state(folder, self.optimizer, kept, self.examples)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the state of a checkpoint."""
+        models.restore(self.model, folder)
+        kept = checkpoint.load_state(folder, self.optimizer, self.examples)
+        self.done, self.updates, self.skipped = kept["step"], kept["updates"], kept["skipped"]
+
+    def save_model(self, folder: Path) -> None:
+        """Write the student and its tokenizer as ``save_pretrained`` does."""
+        models.save(self.model, self.tokenizer, folder)
+
+
+def check_vocabulary(student: Any, teacher: Any, source: Any, tokenizer: Any) -> None:
+    """Raise ``ValueError`` unless ``teacher``, loaded from ``source``, has the tokens of the student."""
+    rows = [unwrap(m).get_input_embeddings().weight.shape[0] for m in (teacher, student)]
+    other = None
+    if isinstance(source, (str, Path)):
+        try:
+            other = models.load_tokenizer(source)
+        except ValueError:  # its folder has none: the sizes must do
+            other = None
+    if other is not None and other.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher and student must share the vocabulary: the tokenizer of {source} has other tokens")
+    if other is None and rows[0] != rows[1]:
+        raise ValueError(f"teacher and student must share the vocabulary: they have {rows[0]} and {rows[1]} tokens")
+
+
+def texts(record: data.Record, tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
+    """Prompt, response and further columns of ``record``, as the reward sees them."""
+    more = {name: value for name, value in record.items() if name not in ("prompt", "response")}
+    return columns.prompt_text(record, tokenizer), columns.text(record, "response"), more

@@ -1,0 +1,224 @@
+"""DPO: a policy learns from pairs of answers without a reward model (Rafailov et al. 2023)."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast import data, models
+from rlhf_fast.data import read_records
+from rlhf_fast.losses import dpo_loss
+from rlhf_fast.losses.preference import DPO_KINDS
+from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
+from rlhf_fast.trainers import checkpoint, learning, offline
+from rlhf_fast.trainers.drive import drive
+from rlhf_fast.trainers.options import chosen, option, validate
+from rlhf_fast.trainers.run import Run, check_folder, epochs
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Every number of DPO."""
+
+    epochs: int = option(1, "passes over the pairs", low=1)
+    batch_size: int = option(16, "pairs per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "pairs per forward pass, a matter of memory only", low=1)
+    learning_rate: float = option(1e-6, "peak learning rate", low=0.0)
+    schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
+    warmup_ratio: float = option(0.1, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
+    max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
+    beta: float = option(0.1, "strength of the pull towards the reference", above=0.0)
+    kind: str = option("sigmoid", "the loss: sigmoid (Bradley-Terry), ipo or hinge", choices=DPO_KINDS)
+    label_smoothing: float = option(0.0, "share of pairs that are the wrong way round", low=0.0, high=0.5)
+    precompute_reference: bool = option(False, "read every pair with the reference first, then drop it")
+    share: str = option("none", "weights of policy and reference: none, hydra:k (top k layers apart) or lora")
+    lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
+    lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
+    max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
+    overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
+    precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    seed: int = option(0, "of the order of the pairs and of new adapters", low=0, high=2**63 - 1)
+    eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
+    save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
+    keep: int = option(2, "checkpoints that stay on the disk", low=1)
+    quiet: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        check_share("DPOConfig.share", self.share)
+        if self.label_smoothing and self.kind != "sigmoid":
+            raise ValueError(f"DPOConfig.label_smoothing must be 0 with kind={self.kind}, got {self.label_smoothing}")
+
+
+class DPOTrainer:
+    """Teach ``model`` to prefer the chosen answer of a pair by more than the reference does.
+
+    Args:
+        model: the policy to train: a path, a Hub id or a causal LM.
+        data: a path, a list of dicts or a ``datasets.Dataset`` with ``prompt``, ``chosen`` and ``rejected``, or the
+            last two with a shared beginning.
+        reference: a path, a Hub id or a causal LM; a frozen copy of the policy as it is now if absent.
+        output_dir: the folder of the run; nothing is written without it.
+        config: a ``DPOConfig``.
+        tokenizer: needed if ``model`` is a module.
+        eval_data: like ``data``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        data: Any,
+        reference: Any = None,
+        output_dir: str | Path | None = None,
+        config: DPOConfig | None = None,
+        tokenizer: Any = None,
+        eval_data: Any = None,
+    ) -> None:
+        check_folder(output_dir, run=True)
+        self.accelerator = learning.accelerator()
+        c = self.config = chosen(config, DPOConfig)
+        self.device, self.output_dir = self.accelerator.device, output_dir
+        records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
+        self.tokenizer = models.load_tokenizer(model, tokenizer)
+        self.model = models.load_policy(model)
+        self.reference = self.model if reference is None else models.load_policy(reference)
+        lengths = [n for m in (self.model, self.reference) if (n := models.allowed_length(m, c.max_length))]
+        self.max_length = min(lengths, default=None)
+        self.pairs = self._tokenise(records)
+        self.eval_pairs = self._tokenise(eval_records) if eval_records else []
+        for each in (self.model, self.reference):
+            answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
+            models.check_tokens(each, self.tokenizer, itertools.chain.from_iterable(answers))
+        self.model = learning.trainable(self.model, self.device)
+        freeze(self.model, c.share)
+        self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
+        if c.precompute_reference:
+            self._read_all(self.reference.to(self.device))
+            self.reference = None
+        else:
+            self.reference = models.frozen_copy(self.reference, shared_copy).to(self.device)
+        if c.share == "lora":
+            self.model = with_adapters(self.model, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
+        self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
+        self.steps = c.epochs * math.ceil(len(self.pairs) / c.batch_size)
+        self.done = self.updates = 0
+
+    def _tokenise(self, records: list[data.Record]) -> list[data.Pair]:
+        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
+        return data.pair_examples(records, self.tokenizer, **limits)
+
+    @torch.no_grad()
+    def _read_all(self, reference: nn.Module) -> None:
+        """Ask ``reference`` about every pair, neighbours of one length together."""
+        pairs = sorted([*self.pairs, *self.eval_pairs], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+        size = self.config.micro_batch_size or self.config.batch_size
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            said = self.logprobs(reference, self.collate(part)).double().T.tolist()
+            self.known |= {id(pair): (first, second) for pair, (first, second) in zip(part, said, strict=True)}
+
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Run every step and leave the policy in ``output_dir``; returns the last metrics.
+
+        With ``resume`` the run in ``output_dir`` goes on from its last checkpoint, if there is one, to the bits that it
+        would have had without the stop.
+        """
+        c, live = self.config, ("loss", "accuracy", "margin", "eval_accuracy")
+        run = Run("dpo", self.output_dir, c, keep=c.keep, quiet=c.quiet)
+        return drive(self, run, total=self.steps, save_every=c.save_every, resume=resume, live=live)
+
+    def batches(self) -> Iterator[list[data.Pair]]:
+        """The shuffled pairs of every epoch in batches; those that are left."""
+        every = epochs(self.pairs, self.config.batch_size, self.config.epochs, self.config.seed)
+        return itertools.islice(every, self.done, None)
+
+    def step(self, batch: list[data.Pair]) -> dict[str, float]:
+        """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
+        c, size = self.config, self.config.micro_batch_size or len(batch)
+        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            stats = self.loss(part, len(part) / len(batch))
+            self.accelerator.backward(stats["loss"])
+            total = {name: total.get(name, 0) + value.detach() for name, value in stats.items()}
+        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
+        numbers = learning.numbers(total | {"grad_norm": norms[0]})
+        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"]])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done, self.updates = self.done + 1, self.updates + 1
+        return numbers | {"lr": rate}
+
+    def loss(self, part: list[data.Pair], share: float) -> dict[str, Tensor]:
+        """What ``part``, the ``share`` of a batch, adds to its mean loss and statistics, 0-d each.
+
+        The rewards are those that DPO implies: ``beta`` times how much likelier an answer is than under the reference.
+        A pair is right where the chosen answer has the larger one, half right where they are equal.
+        """
+        c, answers = self.config, self.collate(part)
+        now = self.logprobs(self.model, answers)
+        if self.reference is None:
+            ref = torch.tensor([self.known[id(pair)] for pair in part], dtype=now.dtype, device=self.device).T
+        else:
+            with torch.no_grad():
+                ref = self.logprobs(self.reference, answers)
+        loss = dpo_loss(*now, *ref, beta=c.beta, kind=c.kind, label_smoothing=c.label_smoothing)
+        rewards = c.beta * (now.detach() - ref)
+        margin = rewards[0] - rewards[1]
+        stats = {
+            "accuracy": ((margin.sign() + 1) / 2).mean(),
+            "margin": margin.mean(),
+            "chosen_reward": rewards[0].mean(),
+            "rejected_reward": rewards[1].mean(),
+            "chosen_logprob": now[0].detach().mean(),
+            "rejected_logprob": now[1].detach().mean(),
+        }
+        return {name: share * value for name, value in {"loss": loss, **stats}.items()}
+
+    def collate(self, part: list[data.Pair]) -> offline.Answers:
+        """The chosen answers of ``part``, then the rejected ones, on the model's device."""
+        sequences = [pair.chosen for pair in part] + [pair.rejected for pair in part]
+        masks = [offline.answered(ids, pair.prompt_length) for ids, pair in zip(sequences, part * 2, strict=True)]
+        return offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.device)
+
+    def logprobs(self, model: nn.Module, answers: offline.Answers) -> Tensor:
+        """``[2, B]``: the logprob of each whole answer under ``model``, the chosen ones first."""
+        return offline.logprobs(model, answers, self.config.precision).sum(1).view(2, -1)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The statistics of ``loss`` over the held-out pairs, ``eval_`` before each name."""
+        size, count = self.config.micro_batch_size or self.config.batch_size, len(self.eval_pairs)
+        parts = [self.eval_pairs[i : i + size] for i in range(0, count, size)]
+        found = [self.loss(part, len(part) / count) for part in parts]
+        total = {name: torch.stack([stats[name] for stats in found]).sum() for name in found[0]}
+        return {f"eval_{name}": value for name, value in learning.numbers(total).items()}
+
+    def after(self, step: int, run: Run) -> dict[str, float]:
+        """Evaluate where it is due."""
+        every = self.config.eval_every
+        due = step == self.steps or (every and step % every == 0)
+        return self.evaluate() if self.eval_pairs and due else {}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        self.save_model(folder)
+        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.pairs)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the state of a checkpoint."""
+        models.restore(self.model, folder)
+        numbers = checkpoint.load_state(folder, self.optimizer, self.pairs)
+        self.done, self.updates = numbers["step"], numbers["updates"]
+
+    def save_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as ``save_pretrained`` does."""
+        models.save(self.model, self.tokenizer, folder)

@@ -1,0 +1,235 @@
+"""RRHF: a policy learns to rank answers as their scores do, and to give the best (Yuan et al. 2023)."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import data, models
+from rlhf_fast.data import read_records
+from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
+from rlhf_fast.losses.reward import better
+from rlhf_fast.trainers import checkpoint, learning, offline
+from rlhf_fast.trainers.drive import drive
+from rlhf_fast.trainers.options import chosen, option, validate
+from rlhf_fast.trainers.run import Run, check_folder, epochs
+
+
+@dataclass(frozen=True)
+class RRHFConfig:
+    """Every number of RRHF."""
+
+    epochs: int = option(1, "passes over the prompts", low=1)
+    batch_size: int = option(16, "prompts, each with all of its responses, per optimizer step", low=1)
+    micro_batch_size: int | None = option(None, "responses per forward pass, a matter of memory only", low=1)
+    learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
+    schedule: str = option("cosine", "the learning rate after the warm-up", choices=learning.SCHEDULES)
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", low=0.0)
+    max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
+    length_norm: float = option(1.0, "power of its length that divides the logprob of a response", low=0.0)
+    sft_weight: float = option(1.0, "weight of the imitation of the best response", low=0.0)
+    max_length: int | None = option(None, "longest prompt and response in tokens; the context if absent", low=2)
+    overlong: str = option("error", "a longer response stops the run, or is cut, or its prompt left out",
+                           choices=data.OVERLONG)  # fmt: skip
+    precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    seed: int = option(0, "of the order of the prompts", low=0, high=2**63 - 1)
+    eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
+    save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
+    keep: int = option(2, "checkpoints that stay on the disk", low=1)
+    quiet: bool = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+class RRHFTrainer:
+    """Teach ``model`` to find the better answers likelier; no reward model, reference or critic beside it.
+
+    Args:
+        model: the policy to train: a path, a Hub id or a causal LM.
+        data: a path, a list of dicts or a ``datasets.Dataset`` with ``prompt``, ``responses`` and ``scores``, as
+            ``sample_and_rank`` makes them.
+        output_dir: the folder of the run; nothing is written without it.
+        config: an ``RRHFConfig``.
+        tokenizer: needed if ``model`` is a module.
+        eval_data: like ``data``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        data: Any,
+        output_dir: str | Path | None = None,
+        config: RRHFConfig | None = None,
+        tokenizer: Any = None,
+        eval_data: Any = None,
+    ) -> None:
+        check_folder(output_dir, run=True)
+        self.accelerator = learning.accelerator()
+        self.config, self.output_dir = chosen(config, RRHFConfig), output_dir
+        records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
+        self.tokenizer = models.load_tokenizer(model, tokenizer)
+        policy = models.load_policy(model)
+        self.max_length = models.allowed_length(policy, self.config.max_length)
+        self.examples = self._tokenise(records)
+        self.eval_examples = self._tokenise(eval_records) if eval_records else []
+        answers = (example.answers for example in [*self.examples, *self.eval_examples])
+        models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
+        self.model = learning.trainable(policy, self.accelerator.device)
+        self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
+        self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
+        self.done = self.updates = 0
+
+    def _tokenise(self, records: list[data.Record]) -> list[data.Ranked]:
+        limits = {"max_length": self.max_length, "overlong": self.config.overlong}
+        return data.ranked_examples(records, self.tokenizer, **limits)
+
+    def train(self, *, resume: bool = False) -> dict[str, float]:
+        """Run every step and leave the policy in ``output_dir``; returns the last metrics.
+
+        With ``resume`` the run in ``output_dir`` goes on from its last checkpoint, if there is one, to the bits that it
+        would have had without the stop.
+        """
+        c, live = self.config, ("rank_loss", "sft_loss", "accuracy", "eval_accuracy")
+        run = Run("rrhf", self.output_dir, c, keep=c.keep, quiet=c.quiet)
+        return drive(self, run, total=self.steps, save_every=c.save_every, resume=resume, live=live)
+
+    def batches(self) -> Iterator[list[data.Ranked]]:
+        """The shuffled prompts of every epoch in batches; those that are left."""
+        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
+        return itertools.islice(every, self.done, None)
+
+    def step(self, batch: list[data.Ranked]) -> dict[str, float]:
+        """One optimizer step on the mean loss of the prompts of ``batch``; returns its statistics."""
+        c = self.config
+        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
+        parts = [self.learn(part, len(batch)) for part in self.parts(batch)]
+        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
+        stats = summed(parts, {"grad_norm": norms[0]})
+        learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done, self.updates = self.done + 1, self.updates + 1
+        return stats | {"lr": rate}
+
+    def parts(self, batch: list[data.Ranked]) -> Iterator[list[data.Ranked]]:
+        """``batch`` in runs of prompts with at most ``micro_batch_size`` responses; one with more stands alone."""
+        part: list[data.Ranked] = []
+        for example in batch:
+            responses = sum(len(e.answers) for e in [*part, example])
+            if part and responses > (self.config.micro_batch_size or responses):
+                yield part
+                part = []
+            part.append(example)
+        yield part
+
+    def learn(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
+        """Add the gradient of ``part`` of a batch of ``prompts`` to that of the weights; returns its statistics.
+
+        The ranking couples the responses of a prompt. Where they do not fit in one forward pass, the first one
+        finds the gradient of every logprob, and the second carries it, some responses at a time, to the weights.
+        """
+        answers, precision = self.collate(part), self.config.precision
+        chunks = torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
+        if len(chunks) == 1:
+            output, stats = self.loss(part, offline.logprobs(self.model, answers, precision), answers.mask, prompts)
+            self.accelerator.backward(output.loss)
+            return stats
+        with torch.no_grad():
+            found = torch.cat([offline.logprobs(self.model, answers.select(rows), precision) for rows in chunks])
+        output, stats = self.loss(part, found.requires_grad_(), answers.mask, prompts)
+        (slopes,) = torch.autograd.grad(output.loss, found)
+        for rows in chunks:
+            again = offline.logprobs(self.model, answers.select(rows), precision)
+            self.accelerator.backward((again * slopes[rows]).sum())
+        return stats
+
+    def collate(self, part: list[data.Ranked]) -> offline.Answers:
+        """All responses of all prompts of ``part``, on the model's device."""
+        sequences = [ids for example in part for ids in example.answers]
+        masks = [offline.answered(ids, example.prompt_length) for example in part for ids in example.answers]
+        return offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
+
+    def loss(
+        self,
+        part: list[data.Ranked],
+        logprobs: Tensor,  # [N, T], of all responses of the part
+        mask: Tensor,  # [N, T], bool
+        prompts: int,
+    ) -> tuple[RRHFLossOutput, dict[str, Tensor]]:
+        """What ``part`` adds to the losses of a batch of ``prompts``, and to its statistics.
+
+        ``right`` of ``pairs`` responses with different scores stand in the order of their scores under the model.
+        """
+        c, device = self.config, logprobs.device
+        rows, there = data.pad(torch.arange(len(logprobs)).split([len(e.answers) for e in part]), 0)
+        # Their order is all that counts: as ranks it survives any dtype.
+        scores, _ = data.pad([ranks(e.scores) for e in part], 0)
+        rows, there, scores = rows.to(device), there.to(device), scores.to(device)
+        grid, counts = logprobs[rows], mask[rows] & there[..., None]
+        norm = {"length_norm": c.length_norm, "sft_weight": c.sft_weight}
+        output = rrhf_loss(grid, counts, scores, **norm, denominator=prompts)
+        lengths = counts.sum(2)
+        mean = torch.where(counts, grid.detach(), 0).sum(2) / lengths.clamp(min=1) ** c.length_norm
+        ahead = better(scores, lengths > 0)
+        right = torch.where(ahead, ((mean[:, :, None] - mean[:, None, :]).sign() + 1) / 2, 0)
+        stats = {name: value.detach() for name, value in output._asdict().items()}
+        return output, stats | {"right": right.sum(), "pairs": ahead.sum().float()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss``, its two terms and ``eval_accuracy`` of the held-out prompts."""
+        count, size = len(self.eval_examples), self.config.batch_size
+        batches = (self.eval_examples[i : i + size] for i in range(0, count, size))
+        found = []
+        for part in itertools.chain.from_iterable(self.parts(batch) for batch in batches):
+            answers = self.collate(part)
+            chunks = torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
+            each = [offline.logprobs(self.model, answers.select(rows), self.config.precision) for rows in chunks]
+            found.append(self.loss(part, torch.cat(each), answers.mask, count)[1])
+        return {f"eval_{name}": value for name, value in summed(found).items()}
+
+    def after(self, step: int, run: Run) -> dict[str, float]:
+        """Evaluate where it is due."""
+        every = self.config.eval_every
+        due = step == self.steps or (every and step % every == 0)
+        return self.evaluate() if self.eval_examples and due else {}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint."""
+        self.save_model(folder)
+        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.examples)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to the state of a checkpoint."""
+        models.restore(self.model, folder)
+        numbers = checkpoint.load_state(folder, self.optimizer, self.examples)
+        self.done, self.updates = numbers["step"], numbers["updates"]
+
+    def save_model(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as ``save_pretrained`` does."""
+        models.save(self.model, self.tokenizer, folder)
+
+
+def ranks(scores: list[float]) -> list[int]:
+    """Integers in the order of ``scores``, equal where they are equal."""
+    place = {score: i for i, score in enumerate(sorted(set(scores)))}
+    return [place[score] for score in scores]
+
+
+def summed(parts: list[dict[str, Tensor]], more: dict[str, Tensor] | None = None) -> dict[str, float]:
+    """The statistics of a batch from those of its parts, and ``more``; waits for the device once.
+
+    ``accuracy`` is ``right`` over ``pairs``, NaN where no two scores differ.
+    """
+    total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+    numbers = learning.numbers(total | (more or {}))
+    right, pairs = numbers.pop("right"), numbers.pop("pairs")
+    return numbers | {"accuracy": right / pairs if pairs else math.nan}
