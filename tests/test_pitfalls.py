@@ -84,7 +84,7 @@ def inputs(op, rows, size=6, *, dtype=torch.float32, seed=0):
 
 
 def on(device, tensors):
-    return [t.to(device) for t in tensors]
+    return [None if t is None else t.to(device) for t in tensors]
 
 
 def equal(ours, theirs):
@@ -390,3 +390,50 @@ def test_pitfall_14_odd_offsets(run, device, op):
                 moved.append(room[offset:].view(t.shape).copy_(t))
                 assert moved[-1].data_ptr() % 16 != 0
             assert equal(run(*moved, **numbers), expected)
+
+
+@pytest.mark.ops("logprobs", "kl")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_tokens_masked_by_the_lowest_float(run, device, op, dtype):
+    """As good as -inf: a partial sum that is lifted that far down is 0, not 0 * inf; forward and gradient."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 4096, generator=generator).to(dtype)
+    logits[:, 100:] = torch.finfo(dtype).min
+    tensors = [logits, torch.tensor([5, 99])]
+    if op == "kl":
+        tensors.insert(1, (logits.float() + torch.randn(2, 4096, generator=generator)).clamp(min=-1e30).to(dtype))
+    outputs = run(*on(device, [*tensors, None]), temperature=1.0)
+    seen = [x[:, :100].double() for x in tensors[:-1]]
+    logp = seen[0].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    expected = {"logprobs": (logp[[0, 1], [5, 99]], entropy)}
+    if op == "kl":
+        ref = seen[1].log_softmax(-1)
+        expected["kl"] = ((logp.exp() * (logp - ref)).sum(-1), logp[[0, 1], [5, 99]], ref[[0, 1], [5, 99]], entropy)
+    for ours, theirs in zip(outputs, expected[op], strict=False):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.ops("logprobs")
+def test_gradient_beside_tokens_masked_by_the_lowest_float(run, run_backward, device):
+    logits, ids = torch.randn(1, 4096, generator=torch.Generator().manual_seed(4)), torch.tensor([5])
+    logits[:, 100:] = torch.finfo(torch.float32).min
+    given = on(device, [torch.ones(1), torch.zeros(1), torch.zeros(1), logits, ids])
+    _, entropy, lse = run(*given[3:], None)  # its own: an entropy of NaN is 0 * NaN in every element
+    grad = run_backward(*given, entropy, lse, None, temperature=1.0, softcap=None).cpu()
+    expected = -logits[:, :100].double().softmax(-1)
+    expected[0, 5] += 1
+    torch.testing.assert_close(grad[:, :100].double(), expected, rtol=1e-5, atol=1e-7)
+    assert (grad[:, 100:] == 0).all()
+
+
+@pytest.mark.ops("kl")
+def test_kl_where_the_references_of_a_row_fall(run, device):
+    """The reference model's largest logit comes first, and what follows weighs nothing against it."""
+    size = 4096
+    ref = torch.cat([torch.full((size,), x) for x in (100.0, 0.0, -100.0)])[None]
+    logits = torch.cat([torch.full((size,), x) for x in (0.0, 10.0, 10.0)])[None]
+    divergence = run(*on(device, [logits, ref, None, None]), temperature=1.0)[0]
+    logp, ref_logp = logits.double().log_softmax(-1), ref.double().log_softmax(-1)
+    expected = (logp.exp() * (logp - ref_logp)).sum(-1)
+    torch.testing.assert_close(divergence.double().cpu(), expected, rtol=1e-5, atol=1e-5)

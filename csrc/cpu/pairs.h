@@ -98,13 +98,14 @@ INLINE Pair sums_of(const T* from, const U* ref_from, int64_t count, const Scali
   return pair;
 }
 
-// As row_softmax does it: the maxima of the tiles before are the references.
+// As row_softmax does it: the maxima of the tiles before are the references. They never fall: a tile whose terms of the
+// reference model all underflow has no reference of its own, and its cross terms are made against the last one.
 template <int L, class T, class U>
 INLINE Pair row_pair(const Row<T>& row, const Row<U>& ref_row, const Scaling& scaling) {
   T buffer[tile];
   U ref_buffer[tile];
   Pair pair;
-  float top = 0, ref_top = 0;
+  float top = -infinity, ref_top = -infinity;
   for (int64_t at = 0; at < row.size; at += tile) {
     const int64_t count = std::min<int64_t>(tile, row.size - at);
     const T* from = tile_at(row, at, count, buffer);
@@ -113,8 +114,8 @@ INLINE Pair row_pair(const Row<T>& row, const Row<U>& ref_row, const Scaling& sc
     float above;
     for (int looked = pair.policy.total == 0 || pair.ref_total == 0; looked < 2; looked++) {
       if (looked) {
-        top = top_of<L, Scale::temperature>(from, count, scaling);
-        ref_top = top_of<L, Scale::temperature>(ref_from, count, scaling);
+        top = std::max(top, top_of<L, Scale::temperature>(from, count, scaling));
+        ref_top = std::max(ref_top, top_of<L, Scale::temperature>(ref_from, count, scaling));
       }
       part = sums_of<L>(from, ref_from, count, scaling, top == -infinity ? 0 : top, ref_top == -infinity ? 0 : ref_top,
                         above);

@@ -68,7 +68,8 @@ struct Pair {
   __device__ void lift(A to, A ref_to) {
     const A shift = policy.total == A(0) || policy.top == to ? A(0) : policy.top - to;
     const A ref_shift = ref_total == A(0) || ref_top == ref_to ? A(0) : ref_top - ref_to;
-    cross = (cross + policy.total * (shift - ref_shift)) * exponential(shift);
+    const A weight = exponential(shift);
+    cross = weight == A(0) ? A(0) : (cross + policy.total * (shift - ref_shift)) * weight;
     policy.lift(to);
     ref_total *= exponential(ref_shift);
     ref_top = ref_to;

@@ -162,7 +162,8 @@ struct Softmax {
   A top = -INFINITY, total = 0, dot = 0;
 
   __device__ void lift(A to) {
-    const A shift = total == A(0) || top == to ? A(0) : top - to, weight = exponential(shift);
+    // Never as far down as a token masked by the lowest float: infinite times a weight of 0.
+    const A shift = total == A(0) || top == to ? A(0) : max(top - to, A(-1000)), weight = exponential(shift);
     dot = (dot + total * shift) * weight;
     total *= weight;
     top = to;

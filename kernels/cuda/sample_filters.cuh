@@ -105,6 +105,7 @@ struct Filters : Brackets<A, BARE> {
     }
     if (step == Step::p_ties) {
       find_first(found);
+      kept.least = max(kept.least, min_least);
       return ask_all(Step::all_kept), false;
     }
     if (step == Step::all_kept) return true;
@@ -159,7 +160,9 @@ struct Filters : Brackets<A, BARE> {
     kept.z = scale(low), kept.id = INT64_MAX;
     return ask_all(Step::p_higher), false;
   }
-  __device__ static double reach_of(double total, double tail) { return real<double>(ordinal(total * (1 - tail)) - 1); }
+  __device__ static double reach_of(double total, double tail) {
+    return max(real<double>(ordinal(total * (1 - tail)) - 1), 0.0);
+  }
 
   // Is the token at which the sum exceeds `from` that at which it exceeds `to`?
   __device__ bool edge(const Found<A>& found, double from, double to) {

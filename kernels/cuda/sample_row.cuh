@@ -265,16 +265,18 @@ struct Whole<double> {
   using distance = uint64_t;
 };
 // Whole numbers that rise with the floats.
+template <class I>
+constexpr I LOWEST = sizeof(I) == 4 ? static_cast<I>(INT32_MIN) : static_cast<I>(INT64_MIN);
 template <class A>
 __device__ typename Whole<A>::type ordinal(A x) {
   using I = typename Whole<A>::type;
   const I i = bits<I>(x);
-  return i < 0 ? i ^ static_cast<I>(~typename Whole<A>::distance(0) >> 1) : i;
+  return i < 0 ? LOWEST<I> - i : i;
 }
 template <class A>
 __device__ A real(typename Whole<A>::type i) {
   using I = typename Whole<A>::type;
-  return bits<A>(i < 0 ? i ^ static_cast<I>(~typename Whole<A>::distance(0) >> 1) : i);
+  return bits<A>(i < 0 ? LOWEST<I> - i : i);
 }
 
 // The smallest float for which `holds`, which is true of `high` and of all between; each warp tries 32 at a time.

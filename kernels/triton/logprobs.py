@@ -70,12 +70,14 @@ def logprobs_kernel(
         top, base, shift = rows.raised(top, z)
         weight, d = tl.exp(shift), z - base[None, None, :]
         e = tl.exp(d)
-        dot = tl.fma(tl.fma(total, shift, dot), weight, rows.sum_of(e * tl.maximum(d, rows.LOWEST)))
+        # A shift as far as a token masked by the lowest float makes it would be infinite times 0.
+        dot = tl.fma(total, tl.maximum(shift, rows.LOWEST), dot)
+        dot = tl.fma(dot, weight, rows.sum_of(e * tl.maximum(d, rows.LOWEST)))
         total = tl.fma(total, weight, rows.sum_of(e))
         start += BLOCK
     base, shift = rows.merged(top)
     weight = tl.exp(shift)
-    dot = rows.tree_sum((dot + total * shift) * weight)
+    dot = rows.tree_sum((dot + total * tl.maximum(shift, rows.LOWEST)) * weight)
     total = rows.tree_sum(total * weight)
     chosen = tl.load(ids_ptr + rows.offset(row, rows_middle, rows_inner, ids_stride_o, ids_stride_m, ids_stride_i))
     inside = (chosen >= 0) & (chosen < size)

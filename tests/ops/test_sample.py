@@ -718,3 +718,32 @@ def test_bad_input_names_op_argument_and_rule(change, error, message):
     given = {"logits": torch.zeros(3, 4), **change}
     with pytest.raises(error, match=message):
         sample(given.pop("logits"), **given)
+
+
+LOW = torch.finfo(torch.float32).min
+ODD_ROWS = {
+    # name → (the row, the knobs); each was wrong in a kernel once
+    "zeros of both signs, top-k": (lambda z: torch.where(torch.arange(3000) < 100, 0.0, -0.0), {"top_k": 3}),
+    "zeros of both signs, top-p": (lambda z: torch.where(torch.arange(3000) < 100, 0.0, -0.0), {"top_p": 0.5}),
+    "negative zeros": (lambda z: torch.full((10,), -0.0), {"top_p": 0.5}),
+    "more ties than fit at the edge of top-p": (
+        lambda z: torch.where(torch.arange(6000) == 77, 5.0, 0.0), {"top_p": 0.99, "min_p": 0.1},
+    ),
+    "top-p below float32": (lambda z: z[:3000], {"top_k": 50, "top_p": 1e-9}),
+    "top-p below float32 and min-p": (lambda z: z[:3000], {"top_k": 50, "top_p": 1e-12, "min_p": 0.5}),
+    "an edge that the temperature makes infinite": (
+        lambda z: torch.where(z[:1024] < 0, LOW, 0.0), {"temperature": 0.3, "top_k": 1000, "top_p": 0.9},
+    ),
+    "a temperature near the largest float": (lambda z: z[:100], {"temperature": 1e38, "min_p": 0.1}),
+    "masked by the lowest float": (lambda z: torch.where(z[:1000] < 1, LOW, z[:1000]), {"top_p": 0.7}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_odd_rows_are_sampled_as_by_the_reference(run, device, name):
+    make, given = ODD_ROWS[name]
+    logits = make(rows((3000,) if "ties" not in name else (6000,), seed=41, scale=1.0))[None]
+    seeds = torch.tensor([5])
+    ours, theirs = call(run, device, logits, seeds, **given), call(reference, "cpu", logits, seeds, **given)
+    assert (int(ours.ids), int(ours.kept), int(ours.status)) == (int(theirs.ids), int(theirs.kept), 0)
+    torch.testing.assert_close(ours.logprobs.cpu(), theirs.logprobs, rtol=1e-4, atol=1e-5)

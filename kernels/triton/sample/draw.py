@@ -18,6 +18,7 @@ def _merged(stats_ptr, masses_ptr, tiles, slope, slope_low, nothing, LANES: tl.c
         bad += tl.sum((counts < 0).to(tl.int32))
         count += tl.sum(counts)
         start += LANES
+    top += 0.0  # of the two zeros the one that no score is above
     start = 0
     while start < tiles:
         tile = start + tl.arange(0, LANES)
@@ -28,6 +29,7 @@ def _merged(stats_ptr, masses_ptr, tiles, slope, slope_low, nothing, LANES: tl.c
         tl.store(masses_ptr + tile, mass, mask=tile < tiles)
         total += tl.sum(mass)
         start += LANES
+    tl.debug_barrier()  # other threads read the masses
     return top, count, bad, total
 
 

@@ -32,7 +32,7 @@ def _lowest_that(x, y, temperature, LIKELY: tl.constexpr):
         else:
             divisor = temperature.to(dtype)
             holds = _divided(score, divisor) >= _divided(x, divisor)
-        holds = (holds & (ordinal < _ordinal(x))) | (ordinal >= _ordinal(x))
+        holds = (holds & (score == score) & (ordinal < _ordinal(x))) | (ordinal >= _ordinal(x))
         least += (256 - tl.sum(holds.to(tl.int64))) << shift
         shift -= 8
     return least
@@ -224,7 +224,7 @@ def _filtered(
                 dropped = tl.minimum(tl.maximum(over, 0.0), ties - 1.0)
             temperature = _knob(temperature_ptr, row, flags, 0, 1.0)
             if by_k & (temperature != 1.0):
-                low = _float(_lowest_that(low, low, temperature, False), dtype)
+                low = tl.maximum(_float(_lowest_that(low, low, temperature, False), dtype), lowest)
             if (dropped > 0) & (n >= 0):
                 first = _nth_tie(scores_ptr, stride, ids_ptr, low, n, dropped.to(tl.int32), TILE, ROWS)
             elif by_k | (dropped > 0):  # the mass that top-k leaves, or the tie at which top-p begins
