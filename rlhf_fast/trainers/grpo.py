@@ -70,6 +70,7 @@ class GRPOConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     stop_token: str | None = option(None, "a token that ends a response, beside the end token")
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     share: str = option("none", "weights of policy and reference: none, hydra:k (top k layers apart) or lora")
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
@@ -130,6 +131,7 @@ class GRPOTrainer:
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers |= dict.fromkeys(token_readers(self.reward), 1)
+        online.prepare_packing([self.policy, *([self.reference] if self.reference else [])], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)

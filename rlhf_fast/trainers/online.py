@@ -1,12 +1,12 @@
 """What the trainers share whose policy writes its own training data: prompts in, responses out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.generate import decode, stop_tokens, texts_of
 from rlhf_fast.rewards import RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
 from rlhf_fast.rollout import Rollout
@@ -35,6 +35,13 @@ def tokenise(
     for model in readers:
         models.check_tokens(model, tokenizer, (example.ids for example in examples))
     return examples
+
+
+def prepare_packing(readers: list[nn.Module], device: torch.device, config: Any) -> None:
+    """Where ``config.packing`` asks for it, see to it that the sequences of no reader see each other in a row."""
+    for model in readers if config.packing else ():
+        packing.prefer_varlen(model, device, config.precision)
+        packing.check_packing(model)
 
 
 def batches(prompts: list[data.Prompt], config: Any, done: int) -> Iterator[list[data.Prompt]]:
@@ -93,8 +100,19 @@ def stop_ids(policy: nn.Module, tokenizer: Any, more: str | None) -> list[int]:
 
 def read(model: nn.Module, rollout: Rollout, config: Any) -> ops.LogprobsOutput:
     """Logprob and entropy of every response token under ``model``."""
-    logits = _logits(model, rollout, config)
-    return ops.logprobs(logits, rollout.responses, temperature=config.temperature, mask=rollout.mask)
+    logits, tokens, mask, spread = _predictions(model, rollout, config)
+    found = ops.logprobs(logits, tokens, temperature=config.temperature, mask=mask)
+    return ops.LogprobsOutput(*map(spread, found))
+
+
+def values(critic: nn.Module, rollout: Rollout, config: Any) -> Tensor:
+    """The critic's value ``[B, T]`` of the state before each response token."""
+    with learning.autocast(rollout.mask.device, config.precision):
+        if config.packing:
+            spots = _spots(critic, rollout)
+            return spots.spread(packing.packed_values(critic, spots.packed))
+        found = models.token_values(critic, rollout.ids, rollout.attention)
+    return torch.where(rollout.mask, found[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
 
 
 def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, config: Any) -> None:
@@ -104,9 +122,10 @@ def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, co
     """
     recomputed = config.old_logprobs == "recomputed"
     if config.kl == "exact" and reference is not None:
-        both = (_logits(model, rollout, config) for model in (policy, reference))
-        found = ops.kl(*both, rollout.responses, temperature=config.temperature, mask=rollout.mask)
-        rollout.kl, old, rollout.ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
+        logits, tokens, mask, spread = _predictions(policy, rollout, config)
+        ref_logits = _predictions(reference, rollout, config)[0]
+        found = ops.kl(logits, ref_logits, tokens, temperature=config.temperature, mask=mask)
+        rollout.kl, old, rollout.ref_logprobs = map(spread, (found.kl, found.logprobs, found.ref_logprobs))
         rollout.old_logprobs = old if recomputed else rollout.old_logprobs
         return
     if recomputed:
@@ -234,7 +253,15 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     return numbers
 
 
-def _logits(model: nn.Module, rollout: Rollout, config: Any) -> Tensor:
+def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor, Tensor, Callable]:
+    """Logits, the tokens that they predict, which of these count, and what brings results to ``[B, T]``."""
     with learning.autocast(rollout.mask.device, config.precision):
+        if config.packing:
+            spots = _spots(model, rollout)
+            return packing.packed_logits(model, spots.packed), spots.targets, spots.packed.mask, spots.spread
         logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-    return logits[:, :-1]  # those at a token are of the next one
+    return logits[:, :-1], rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
+
+
+def _spots(model: nn.Module, rollout: Rollout) -> packing.Spots:
+    return rollout.flat_spots if packing.uses_varlen(model) else rollout.spots

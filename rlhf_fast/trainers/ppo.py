@@ -70,6 +70,7 @@ class PPOConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     stop_token: str | None = option(None, "a token that ends a response, beside the end token")
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     share: str = option("none", "weights of policy, reference and critic: none, hydra:k (top k layers apart) or lora")
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
@@ -135,6 +136,7 @@ class PPOTrainer:
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
+        online.prepare_packing([self.policy, self.reference, self.critic], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
@@ -195,16 +197,10 @@ class PPOTrainer:
             part = rollout.select(rows)
             at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
             online.compare(self.policy, self.reference, part, c)
-            rollout.values[at] = self.value(part)
+            rollout.values[at] = online.values(self.critic, part, c)
             for name in ("old_logprobs", "ref_logprobs", "kl"):
                 getattr(rollout, name)[at] = getattr(part, name)
         return rollout
-
-    def value(self, rollout: Rollout) -> Tensor:
-        """The critic's value ``[B, T]`` of the state before each response token."""
-        with learning.autocast(self.device, self.config.precision):
-            values = models.token_values(self.critic, rollout.ids, rollout.attention)
-        return torch.where(rollout.mask, values[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Tensor:
@@ -231,7 +227,8 @@ class PPOTrainer:
             now = online.read(self.policy, rollout, c)
         return ops.ppo_loss(
             now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=online.cliprange(c),
-            values=self.value(rollout), old_values=rollout.values, returns=returns, cliprange_value=c.cliprange_value,
+            values=online.values(self.critic, rollout, c), old_values=rollout.values, returns=returns,
+            cliprange_value=c.cliprange_value,
             vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
             denominator=tokens,
         )  # fmt: skip
