@@ -3,10 +3,14 @@
 import os
 import signal
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
+
+AGREED = (FloatingPointError, ValueError, TypeError)  # what all processes raise in the same place
 
 
 def drive(
@@ -19,12 +23,13 @@ def drive(
     and ``updates``, the counts of its steps and of its optimizer's. Ctrl-C and SIGTERM end the run after the step that
     is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once.
     """
-    found = run.open(total, resume=resume)
+    found = processes.gathered(lambda: run.open(total, resume=resume))[0]
     deafen = _listen(run)
     done = 0
     try:
         if found is not None:
             trainer.restore(found)
+            checkpoint.load_random(found, processes.rank())
             done = trainer.done
             run.say(f"going on after step {done}, from {found}")
         for batch in trainer.batches():
@@ -32,26 +37,40 @@ def drive(
             try:
                 stats = trainer.step(batch)
             except Exception as error:
-                if trainer.updates == updates and done:  # nothing of this step has reached the weights
-                    run.checkpoint(done, trainer.save)
-                for kind in (FloatingPointError, ValueError, TypeError):
+                # Nothing of this step has reached the weights, and no process is elsewhere.
+                if trainer.updates == updates and done and (processes.count() == 1 or isinstance(error, AGREED)):
+                    save(trainer, run, done)
+                for kind in AGREED:
                     if isinstance(error, kind):
                         raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
                 raise
             done += 1
             run.log(done, stats | trainer.after(done, run), live=live)
             run.bar.update()
+            run.stop_signal = processes.highest(run.stop_signal)
             if run.stop_signal:
-                run.checkpoint(done, trainer.save)
+                save(trainer, run, done)
                 run.say(f"stopped after step {done}; {run.last_checkpoint()}")
                 raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
             if save_every and done % save_every == 0:
-                run.checkpoint(done, trainer.save)
-        run.finish(trainer.save_model)
+                save(trainer, run, done)
+        processes.gathered(lambda: run.finish(trainer.save_model))
         return run.metrics
     finally:
         deafen()
         run.close()
+
+
+def save(trainer: Any, run: Run, done: int) -> None:
+    """Write a checkpoint after step ``done``, in which every process keeps its own generators."""
+    states = processes.gathered(checkpoint.random_state)
+
+    def write(folder: Path) -> None:
+        trainer.save(folder)
+        for process, state in list(enumerate(states))[1:]:
+            checkpoint.save_random(folder, process, state)
+
+    processes.gathered(lambda: run.checkpoint(done, write))
 
 
 def _listen(run: Run) -> Callable[[], None]:

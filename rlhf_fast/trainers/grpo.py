@@ -188,12 +188,11 @@ class GRPOTrainer:
                 break
             asked = online.more(self.prompts, missing, c, self.done, attempt)
         rollout, scores = online.keep_groups(rounds, len(batch), c.group_size)
-        for rows in torch.arange(len(rollout)).split(self.forward_size):
-            part = rollout.select(rows)
-            at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
+
+        def read(part: Rollout) -> None:
             online.compare(self.policy, self.reference, part, c)
-            for name in ("old_logprobs", "ref_logprobs", "kl"):
-                getattr(rollout, name)[at] = getattr(part, name)
+
+        online.fill(rollout, self.forward_size, ("old_logprobs", "ref_logprobs", "kl"), read)
         return rollout, scores, sum(equal[0]) / len(batch)
 
     def advantages(self, rollout: Rollout, scores: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.dispatch import require
+from rlhf_fast.trainers import processes
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 #: What a run needs of the extra ``train``, asked for at its start.
 PACKAGES = ("transformers", "accelerate", "tqdm", "tensorboard", "rich")
+#: Accelerate's names of what the trainers run in: one process, or data parallel.
+DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+UNSUPPORTED = "each process holds the whole model (docs/scale.md)"
 
 
 def accelerator() -> Any:
@@ -25,8 +29,9 @@ def accelerator() -> Any:
     from accelerate import Accelerator
 
     found = Accelerator()
-    if found.num_processes > 1:
-        raise ValueError(f"the trainers run in one process, and Accelerate was started with {found.num_processes}")
+    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
+    if kind not in DISTRIBUTED:
+        raise ValueError(f"the trainers run data parallel, and Accelerate was set up for {kind}: {UNSUPPORTED}")
     if found.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"the trainers need no loss scaling: use precision=bf16, not {found.mixed_precision}")
     return found
@@ -38,8 +43,13 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 def trainable(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight."""
-    return model.to(device=device, dtype=torch.float32).train()
+    """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight.
+
+    In several processes they are those of the first.
+    """
+    model = model.to(device=device, dtype=torch.float32).train()
+    processes.same_weights(model)
+    return model
 
 
 def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
@@ -73,8 +83,18 @@ def set_rate(optimizer: torch.optim.Optimizer, schedule: str, step: int, total: 
 
 
 def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -> Tensor:
-    """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that."""
+    """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that.
+
+    In several processes their gradients are summed first.
+    """
+    processes.sum_gradients(models)
     return torch.stack([accelerator.clip_grad_norm_(model.parameters(), max_norm).float() for model in models])
+
+
+def split(items: list[Any], size: int | None) -> list[list[Any]]:
+    """``items`` in parts of ``size``, the last of which may be smaller, or in one if it is None."""
+    size = size or max(len(items), 1)
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def numbers(stats: dict[str, Tensor]) -> dict[str, float]:

@@ -192,13 +192,12 @@ class PPOTrainer:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
         c = self.config
         rollout = online.write(self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
-        for rows in torch.arange(len(batch)).split(self.forward_size):
-            part = rollout.select(rows)
-            at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
+
+        def read(part: Rollout) -> None:
             online.compare(self.policy, self.reference, part, c)
-            rollout.values[at] = self.value(part)
-            for name in ("old_logprobs", "ref_logprobs", "kl"):
-                getattr(rollout, name)[at] = getattr(part, name)
+            part.values = self.value(part)
+
+        online.fill(rollout, self.forward_size, ("old_logprobs", "ref_logprobs", "kl", "values"), read)
         return rollout
 
     def value(self, rollout: Rollout) -> Tensor:

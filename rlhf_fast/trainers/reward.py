@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss
-from rlhf_fast.trainers import checkpoint, learning
+from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
@@ -114,20 +114,23 @@ class RewardTrainer:
 
     def step(self, batch: list[data.Pair]) -> dict[str, float]:
         """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
+        c, mine = self.config, processes.share(batch)
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        loss, scores = torch.zeros((), device=self.accelerator.device), []
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            chosen, rejected = self.scores(part)
-            share = self.loss(part, chosen, rejected) * (len(part) / len(batch))
-            self.accelerator.backward(share)
-            loss += share.detach()
-            scores.append(torch.stack([chosen, rejected]).detach())
+
+        def backward() -> Tensor | None:
+            found = []
+            for part in learning.split(mine, c.micro_batch_size):
+                chosen, rejected = self.scores(part)
+                loss = self.loss(part, chosen, rejected) * (len(part) / len(batch))
+                self.accelerator.backward(loss)
+                shares = (loss / len(part)).expand(len(part))  # as columns they are gathered beside the scores
+                found.append(torch.stack([chosen, rejected, shares], 1).detach())
+            return torch.cat(found) if found else None
+
+        chosen, rejected, losses = processes.joined(backward).unbind(1)
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        both = torch.cat(scores, 1)
-        right = (both[0] > both[1]).float().mean()
-        numbers = torch.stack([loss, norms[0], right, both.mean(), both.std()]).tolist()
+        both, right = torch.stack([chosen, rejected]), (chosen > rejected).float().mean()
+        numbers = torch.stack([losses.sum(), norms[0].to(both.device), right, both.mean(), both.std()]).tolist()
         stats = dict(zip(("loss", "grad_norm", "accuracy", "score_mean", "score_std"), numbers, strict=True))
         learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
         self.optimizer.step()
@@ -155,15 +158,17 @@ class RewardTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss`` and ``eval_accuracy``, the share of held-out pairs whose chosen answer scores higher."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        loss = right = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, len(self.eval_pairs), size):
-            part = self.eval_pairs[start : start + size]
-            chosen, rejected = self.scores(part)
-            loss = loss + self.loss(part, chosen, rejected) * len(part)
-            right = right + (chosen > rejected).sum()
-        loss_mean, accuracy = (torch.stack([loss, right]) / len(self.eval_pairs)).tolist()
-        return {"eval_loss": loss_mean, "eval_accuracy": accuracy}
+
+        def judge() -> dict[str, Tensor]:
+            loss = right = torch.zeros((), device=self.accelerator.device)
+            size = self.config.micro_batch_size or self.config.batch_size
+            for part in learning.split(processes.share(self.eval_pairs), size):
+                chosen, rejected = self.scores(part)
+                loss = loss + self.loss(part, chosen, rejected) * len(part)
+                right = right + (chosen > rejected).sum()
+            return {"eval_loss": loss / len(self.eval_pairs), "eval_accuracy": right / len(self.eval_pairs)}
+
+        return learning.numbers(processes.summed(judge))
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""

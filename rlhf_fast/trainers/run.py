@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers import checkpoint, processes
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
@@ -44,6 +44,8 @@ def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
 class Run:
     """What one training run writes into ``folder``; with ``folder=None`` it writes nothing.
 
+    Of several processes the first alone writes, and says, anything.
+
     ::
 
         run.json            the trainer, its config and the versions it ran with
@@ -55,8 +57,9 @@ class Run:
     """
 
     def __init__(self, kind: str, folder: str | Path | None, config: Any, *, keep: int, quiet: bool) -> None:
-        self.kind, self.config, self.keep, self.quiet = kind, config, keep, quiet
-        self.folder = None if folder is None else Path(folder)
+        first = processes.rank() == 0
+        self.kind, self.config, self.keep, self.quiet = kind, config, keep, quiet or not first
+        self.folder = None if folder is None or not first else Path(folder)
         self.stop_signal = 0
         self.start, self.before = time.monotonic(), 0.0  # seconds that the run had taken before it was resumed
         self.metrics: dict[str, float] = {}
@@ -227,6 +230,8 @@ class Run:
 
     def last_checkpoint(self) -> str:
         """The newest complete checkpoint, in words."""
+        if processes.rank():
+            return "process 0 knows the last good checkpoint"
         found = self.checkpoints()
         return f"last good checkpoint: {found[-1]}" if found else "there is no checkpoint yet"
 

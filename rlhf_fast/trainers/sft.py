@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops
 from rlhf_fast.data import read_records
-from rlhf_fast.trainers import checkpoint, learning
+from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
@@ -102,16 +102,21 @@ class SFTTrainer:
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
+        c, mine = self.config, processes.share(batch)
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         tokens = sum(sum(example.mask[1:]) for example in batch)
-        loss = torch.zeros((), device=self.accelerator.device)
-        for start in range(0, len(batch), size):
-            part = self.loss(batch[start : start + size]) / max(tokens, 1)
-            self.accelerator.backward(part)
-            loss += part.detach()
+
+        def backward() -> dict[str, Tensor]:
+            loss = torch.zeros((), device=self.accelerator.device)
+            for some in learning.split(mine, c.micro_batch_size):
+                part = self.loss(some) / max(tokens, 1)
+                self.accelerator.backward(part)
+                loss += part.detach()
+            return {"loss": loss}
+
+        loss = processes.summed(backward)["loss"]
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        loss_value, norm = torch.stack([loss, norms[0]]).tolist()
+        loss_value, norm = torch.stack([loss.to(norms.device), norms[0]]).tolist()
         learning.check_finite(self.optimizer, loss_value, [norm])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -132,9 +137,11 @@ class SFTTrainer:
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
         size = self.config.micro_batch_size or self.config.batch_size
-        parts = [self.eval_examples[i : i + size] for i in range(0, len(self.eval_examples), size)]
+        parts = learning.split(processes.share(self.eval_examples), size)
         tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
-        return {"eval_loss": torch.stack([self.loss(part) for part in parts]).sum().item() / max(tokens, 1)}
+        zero = torch.zeros((), device=self.accelerator.device)
+        loss = processes.summed(lambda: {"loss": sum((self.loss(part) for part in parts), zero)})["loss"]
+        return {"eval_loss": loss.item() / max(tokens, 1)}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""

@@ -278,14 +278,18 @@ def test_learning_rates(schedule, rates):
 
 
 @pytest.mark.parametrize(
-    ("processes", "precision", "words"),
-    [(2, "no", "one process, and Accelerate was started with 2"), (1, "fp16", "use precision=bf16, not fp16")],
+    ("kind", "precision", "words"),
+    [
+        ("FSDP", "no", "Accelerate was set up for FSDP: each process holds the whole model"),
+        ("DEEPSPEED", "no", "Accelerate was set up for DEEPSPEED"),
+        ("NO", "fp16", "use precision=bf16, not fp16"),
+    ],
 )
-def test_what_the_trainers_cannot_do_is_refused(monkeypatch, processes, precision, words):
+def test_what_the_trainers_cannot_do_is_refused(monkeypatch, kind, precision, words):
     import accelerate
 
     class Stub:
-        num_processes, mixed_precision = processes, precision
+        distributed_type, mixed_precision = kind, precision
 
     monkeypatch.setattr(accelerate, "Accelerator", Stub)
     with pytest.raises(ValueError, match=words):
