@@ -74,6 +74,7 @@ class GRPOConfig:
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
     save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
@@ -117,7 +118,7 @@ class GRPOTrainer:
         device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
-        self.policy = learning.trainable(models.load_policy(model), device)
+        self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         self.reference = None
         if c.kl_coef > 0:

@@ -42,13 +42,19 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def trainable(model: nn.Module, device: torch.device) -> nn.Module:
+def trainable(model: Any, device: torch.device, config: Any) -> Any:
     """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight.
 
-    In several processes they are those of the first.
+    In several processes they are those of the first. With ``config.gradient_checkpointing`` its layers keep no
+    activations for the backward pass. Raises ``ValueError`` where the model cannot do that.
     """
     model = model.to(device=device, dtype=torch.float32).train()
     processes.same_weights(model)
+    if config.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(f"{type(model).__name__} has no gradient checkpointing: gradient_checkpointing=false")
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers 5
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 

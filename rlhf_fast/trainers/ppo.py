@@ -74,6 +74,7 @@ class PPOConfig:
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
     save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
@@ -122,7 +123,7 @@ class PPOTrainer:
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
-        self.policy = learning.trainable(models.load_policy(model), device)
+        self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept, shared_copy).to(device)
@@ -130,7 +131,7 @@ class PPOTrainer:
         alike = isinstance(self.reward, ModelReward) and self.reward.tokenizer.get_vocab() == self.tokenizer.get_vocab()
         self.scorer = self.reward.model if alike else None  # a reward model that reads the policy's tokens
         scorer = self.scorer if c.share == "none" else None  # what is shared are the policy's weights
-        self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device)
+        self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device, c)
         if c.share == "lora":
             size = {"rank": c.lora_rank, "alpha": c.lora_alpha, "seed": c.seed}
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))

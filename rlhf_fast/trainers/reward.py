@@ -35,6 +35,7 @@ class RewardConfig:
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the new head and the order of the pairs", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -81,7 +82,7 @@ class RewardTrainer:
         self.eval_pairs = self._tokenise(eval_records) if eval_records else []
         answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
         models.check_tokens(scorer, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(scorer, self.accelerator.device)
+        self.model = learning.trainable(scorer, self.accelerator.device, self.config)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.pairs) / self.config.batch_size)
         self.done = self.updates = 0

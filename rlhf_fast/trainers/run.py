@@ -22,7 +22,7 @@ from rlhf_fast.trainers import checkpoint, processes
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size")
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing")
 
 
 def check_folder(folder: str | Path | None, *, run: bool = False) -> None:

@@ -33,6 +33,7 @@ class SFTConfig:
     max_length: int | None = option(None, "longest sequence in tokens; the model's context if absent", low=2)
     overlong: str = option("error", "a longer sequence stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the data", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -76,7 +77,7 @@ class SFTTrainer:
         self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
-        self.model = learning.trainable(policy, self.accelerator.device)
+        self.model = learning.trainable(policy, self.accelerator.device, self.config)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
