@@ -38,6 +38,9 @@ __version__ = "0.1.0"
 
 #: Imported when they are first asked for: they bring transformers along.
 _LAZY = {
+    "DecodeGenerator": "rlhf_fast.generators",
+    "Generator": "rlhf_fast.generators",
+    "VLLMGenerator": "rlhf_fast.generators",
     "GRPOConfig": "rlhf_fast.trainers.grpo",
     "GRPOTrainer": "rlhf_fast.trainers.grpo",
     "SFTConfig": "rlhf_fast.trainers.sft",
@@ -51,8 +54,10 @@ _LAZY = {
 __all__ = [
     "AdaptiveKL",
     "AdvantagesOutput",
+    "DecodeGenerator",
     "GRPOConfig",
     "GRPOTrainer",
+    "Generator",
     "KLOutput",
     "LogprobsOutput",
     "PPOConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SampleOutput",
+    "VLLMGenerator",
     "advantages",
     "distill_loss",
     "dpo_loss",

@@ -20,7 +20,7 @@ LAYERS = (
     {"dispatch"},
     {"ops"},
     {"losses"},
-    {"models", "pretrained", "sharing", "data", "records", "columns", "generate", "rollout", "rewards"},
+    {"models", "pretrained", "sharing", "data", "records", "columns", "generate", "generators", "rollout", "rewards"},
     {"trainers"},
     {"report", "demo"},
     {"cli", "flags", "doctor"},

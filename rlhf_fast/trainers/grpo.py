@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models, ops
+from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
@@ -99,6 +100,7 @@ class GRPOTrainer:
         config: a ``GRPOConfig``.
         tokenizer: the policy's, needed if ``model`` is a module.
         reference: what the KL is taken from: a path or module; a frozen copy of the policy as it is now if absent.
+        generator: what writes the responses, a ``generators.Generator``; the policy's own decode loop if absent.
     """
 
     def __init__(
@@ -111,10 +113,11 @@ class GRPOTrainer:
         config: GRPOConfig | None = None,
         tokenizer: Any = None,
         reference: Any = None,
+        generator: Generator | None = None,
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, GRPOConfig)
-        self.output_dir, self.accelerator = output_dir, learning.accelerator()
+        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator()
         device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -180,7 +183,7 @@ class GRPOTrainer:
         for attempt in range(1 + c.resample):
             written = online.write(
                 self.policy, [prompt for prompt in asked for _ in range(c.group_size)], self.tokenizer, c,
-                stop_ids=self.stop_ids, step=self.done, attempt=attempt,
+                stop_ids=self.stop_ids, step=self.done, attempt=attempt, generator=self.generator,
             )  # fmt: skip
             rounds.append((written, online.sequence_scores(self.reward, written, c, self.moments)))
             equal = [online.equal_groups(scores, c.group_size) for _, scores in rounds]

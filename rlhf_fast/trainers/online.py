@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import data, models, ops
-from rlhf_fast.generate import decode, stop_tokens, texts_of
+from rlhf_fast.generate import stop_tokens, texts_of
+from rlhf_fast.generators import DecodeGenerator, Generator, check_written
 from rlhf_fast.rewards import RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.trainers import learning, processes
@@ -65,10 +66,12 @@ def write(
     stop_ids: list[int],
     step: int,
     attempt: int = 0,
+    generator: Generator | None = None,
 ) -> Rollout:
     """A response of ``policy`` to each prompt of ``batch``: each process writes its share, and all get the whole.
 
-    The seeds depend on the config's, on ``step`` and, after the first, on the ``attempt`` alone.
+    The seeds depend on the config's, on ``step`` and, after the first, on the ``attempt`` alone. A ``generator`` other
+    than the decode loop gets the policy's weights before the first attempt.
     """
     device = next(policy.parameters()).device
     every = torch.randint(2**62, (len(batch),), generator=stream(config.seed, SEEDS, step, *[attempt] * (attempt > 0)))
@@ -80,11 +83,15 @@ def write(
         ids = [example.ids for example in mine]
         prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, tokenizer.pad_token_id, side="left"))
         with learning.autocast(device, config.precision):
-            written = decode(
+            if generator is not None and attempt == 0:
+                generator.sync(policy)
+            written = (generator or DecodeGenerator()).write(
                 policy, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
                 pad_id=tokenizer.pad_token_id, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                 seeds=seeds,
             )  # fmt: skip
+        if generator is not None:
+            check_written(written, len(mine), config.max_new_tokens)
         return Rollout.begin(mine, prompt_ids, prompt_mask, written, texts_of(written, tokenizer))
 
     parts = [written for written in processes.gathered(part) if written is not None]
@@ -146,14 +153,15 @@ def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, co
 
 
 def corrected(advantages: Tensor, rollout: Rollout, cap: float | None) -> Tensor:
-    """``advantages [B, T]`` times the ratio of trainer to sampler, at most ``cap``: truncated importance sampling.
+    """``advantages``, ``[B, T]`` or ``[B]``, times the ratio of trainer to sampler, at most ``cap``: ``[B, T]``.
 
-    Without a cap they are returned as they are. Yao et al. 2025, "Your efficient RL framework secretly brings you
-    off-policy RL training".
+    This is truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training"). Without a cap they are returned as they are.
     """
     if cap is None:
         return advantages
     ratio = (rollout.old_logprobs - rollout.sampler_logprobs).exp().clamp(max=cap)
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     return torch.where(rollout.mask, advantages * ratio, 0)
 
 

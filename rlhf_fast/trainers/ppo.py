@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models, ops
+from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.rewards import ModelReward, RewardError, RunningMoments, load_reward
@@ -103,6 +104,7 @@ class PPOTrainer:
         reference: what the KL is taken from: a path or module; a frozen copy of the policy as it is now if absent.
         critic: a path or module (a causal LM or a model with a scalar head); the reward model's weights if there is
             one, else the policy's with a head of zeros, if absent.
+        generator: what writes the responses, a ``generators.Generator``; the policy's own decode loop if absent.
     """
 
     def __init__(
@@ -116,10 +118,11 @@ class PPOTrainer:
         tokenizer: Any = None,
         reference: Any = None,
         critic: Any = None,
+        generator: Generator | None = None,
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir, self.accelerator = output_dir, learning.accelerator()
+        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator()
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -192,7 +195,9 @@ class PPOTrainer:
     def rollout(self, batch: list[data.Prompt]) -> Rollout:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
         c = self.config
-        rollout = online.write(self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
+        rollout = online.write(
+            self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done, generator=self.generator
+        )
 
         def read(part: Rollout) -> None:
             online.compare(self.policy, self.reference, part, c)
