@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import Any
 from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
 
+ECHO = 2.0  # seconds in which the same signal again is the launcher's
 AGREED = (FloatingPointError, ValueError, TypeError)  # what all processes raise in the same place
 
 
@@ -76,10 +78,19 @@ def save(trainer: Any, run: Run, done: int) -> None:
 def _listen(run: Run) -> Callable[[], None]:
     """Turn SIGINT and SIGTERM into ``run.stop_signal``; returns what puts the old handlers back."""
     previous: dict[int, Any] = {}
+    heard: dict[int, float] = {}
+    several = processes.count() > 1  # their launcher passes on what the terminal has sent to each of them already
 
     def note(number: int, _: FrameType | None) -> None:
+        again = number in heard
+        if again and time.monotonic() - heard[number] < ECHO:
+            return
+        heard[number] = time.monotonic()
+        if again or not several:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if again:
+            signal.raise_signal(number)
         run.stop_signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if not run.quiet:  # not by print: the signal may have come in the middle of one
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 

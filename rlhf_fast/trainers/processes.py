@@ -116,6 +116,9 @@ def sum_gradients(models: Sequence[nn.Module]) -> None:
 
 def _sum(gradients: list[Tensor]) -> None:
     """Sum what the processes hold in ``gradients``, in place, by one message."""
+    if len(gradients) == 1 and gradients[0].is_contiguous():
+        torch.distributed.all_reduce(gradients[0])
+        return
     if not gradients:
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])

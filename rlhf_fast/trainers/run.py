@@ -48,7 +48,7 @@ class Run:
 
     ::
 
-        run.json            the trainer, its config and the versions it ran with
+        run.json            the trainer, its config, the versions and how many processes it ran with
         metrics.jsonl       one JSON object per step
         tensorboard/        the same numbers
         samples.jsonl       responses written during PPO
@@ -95,6 +95,7 @@ class Run:
     def _write_record(self) -> None:
         assert self.folder is not None
         record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
+        record["processes"] = processes.count()
         try:
             with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
                 file.write(json.dumps(record, indent=2) + "\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from rlhf_fast.trainers import drive as drive_module
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers import run as run_module
 from rlhf_fast.trainers.drive import drive
@@ -161,6 +162,22 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
         start(tmp_path / "run", trainer)
     assert trainer.total == 3
     assert steps_kept(tmp_path / "run") == ["step-2"]
+
+
+def test_of_several_processes_each_takes_the_launchers_echo_for_one_signal(monkeypatch):
+    """A terminal sends Ctrl-C to all of them and to their launcher, which passes it on."""
+    run = Run("test", None, Config(), keep=1, quiet=True)
+    monkeypatch.setattr(drive_module.processes, "count", lambda: 2)
+    deafen = drive_module._listen(run)
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop_signal == signal.SIGINT
+        monkeypatch.setattr(drive_module, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        deafen()
 
 
 def test_a_crash_while_saving_leaves_the_older_checkpoints(tmp_path):
