@@ -1,4 +1,7 @@
-"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``."""
+"""The command line: ``rlhf-fast {sft,reward,ppo,grpo,generate,doctor,demo}``.
+
+The trainers also run in several processes: ``accelerate launch -m rlhf_fast.cli ppo ...``.
+"""
 
 import dataclasses
 import importlib
@@ -158,6 +161,8 @@ def run_command(name: str, argv: list[str]) -> None:
         return
     sources, config = settings(name, COMMANDS[name], SOURCES[name], config_class(name), argv)
     quieten()
+    if name not in TRAINERS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{name} runs in one process: start it without accelerate launch")
     if name == "generate":
         generate(sources, config)
     elif name == "demo":

@@ -87,7 +87,7 @@ def grpo(folder):
 
 
 def grpo_tokens(folder):
-    return online("grpo", folder, batch_size=2, group_size=3, advantage="reinforce_pp", kl_coef=0.1)
+    return online("grpo", folder, batch_size=2, group_size=3, advantage="reinforce_pp", kl_coef=0.1, share="lora")
 
 
 COMPARED = {f.__name__: f for f in (sft, reward, ppo, ppo_dense, grpo, grpo_tokens)}
