@@ -4,6 +4,9 @@ Every process knows the whole batch and draws from the same random streams. What
 alone: to write, to read, to score, to go forward and backward. What comes out is ``gathered``, so that everything after
 that (whitening, statistics, the KL coefficient, running moments, when to stop) is computed by all of them from the same
 numbers. A denominator is that of the whole minibatch, and gradients are summed, never averaged.
+
+A trainer does that by ``summed`` or ``joined`` around what goes through its ``share`` of a batch, and
+``learning.clip_gradients`` after it; whatever can raise in one process alone is inside of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +95,9 @@ def same_weights(model: nn.Module) -> None:
     """Give every process the weights of the first."""
     if count() > 1:
         for tensor in [*model.parameters(), *model.buffers()]:
-            torch.distributed.broadcast(tensor.data, 0)
+            sent = tensor.data.contiguous()
+            torch.distributed.broadcast(sent, 0)
+            tensor.data.copy_(sent)
 
 
 def sum_gradients(models: Sequence[nn.Module]) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,19 +296,19 @@ def test_learning_rates(schedule, rates):
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "words"),
+    ("setup", "words"),
     [
-        ("FSDP", "no", "Accelerate was set up for FSDP: each process holds the whole model"),
-        ("DEEPSPEED", "no", "Accelerate was set up for DEEPSPEED"),
-        ("NO", "fp16", "use precision=bf16, not fp16"),
+        ({"distributed_type": "FSDP"}, "Accelerate was set up for FSDP: each process holds the whole model"),
+        ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "in one process, and Accelerate was started with 2"),
+        ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
+        ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
     ],
 )
-def test_what_the_trainers_cannot_do_is_refused(monkeypatch, kind, precision, words):
+def test_what_the_trainers_cannot_do_is_refused(monkeypatch, setup, words):
     import accelerate
 
-    class Stub:
-        distributed_type, mixed_precision = kind, precision
-
-    monkeypatch.setattr(accelerate, "Accelerator", Stub)
+    plain = {"distributed_type": "NO", "num_processes": 1, "gradient_accumulation_steps": 1, "mixed_precision": "no"}
+    monkeypatch.setattr(accelerate, "Accelerator", lambda: SimpleNamespace(**plain | setup))
     with pytest.raises(ValueError, match=words):
         learning.accelerator()
