@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_llama, tiny_tokenizer
 
 from rlhf_fast.trainers import processes
 
@@ -18,22 +19,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def environment():
+    """That of one process on the CPU."""
+    calm = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return calm | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folders of many_processes.py, run once by one process and once by two."""
     root, script = tmp_path_factory.mktemp("processes"), Path(__file__).with_name("many_processes.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    calm = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    calm |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    two = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    calm, two = environment(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     environments = {"one": calm} | {f"two {i}": calm | two | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")}
     started = {}
-    for name, environment in environments.items():
+    for name, variables in environments.items():
         with open(root / f"{name}.txt", "w") as said:
             command = [sys.executable, str(script), str(root / name.split()[0])]
-            started[name] = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+            started[name] = subprocess.Popen(command, env=variables, stdout=said, stderr=said)
     try:
         status = {name: process.wait(timeout=180) for name, process in started.items()}
     finally:
@@ -114,6 +122,24 @@ def test_all_start_from_the_weights_of_the_first(runs):
 
 def test_the_others_notice_when_one_dies(runs):
     assert json.loads((runs / "two" / "dying.0.json").read_text()) == ["RuntimeError", 2]
+
+
+def test_accelerate_launches_the_command_line(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"text": "the movie was good"}\n' * 3)
+    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port {free_port()}"
+    command = "-m rlhf_fast.cli sft --model model --data data.jsonl --output_dir run --batch_size 3 --epochs 2"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *command.split()], cwd=tmp_path, env=environment(), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    assert len(figures(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert done.stderr.count("the model is in run") == 1
 
 
 def test_one_process_has_everything():
