@@ -89,6 +89,14 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on ``device``, but for the lengths."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor) and name not in ("prompt_lengths", "lengths"):
+                moved[name] = value.to(device)
+        return Rollout(**moved)
+
     def sequence_scores(self) -> Tensor:
         """``[B]``: the score of each response, summed over its tokens where the reward is dense."""
         assert self.scores is not None
