@@ -1,4 +1,7 @@
-"""The command line: ``rlhf-fast COMMAND --flag value``; commands.py lists the commands."""
+"""The command line: ``rlhf-fast COMMAND --flag value``; commands.py lists the commands.
+
+Some trainers also run in several processes: ``accelerate launch -m rlhf_fast.cli ppo ...``.
+"""
 
 import dataclasses
 import importlib
@@ -97,6 +100,9 @@ def run_command(name: str, argv: list[str]) -> None:
     accepted = SOURCES[name] | ({"sweep": SWEEP} if name in TRAINERS else {})
     sources, config = settings(name, COMMANDS[name], accepted, config_class(name), argv)
     quieten()
+    alone = "a sweep" if sources.get("sweep") else None if name in TRAINERS else name
+    if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{alone} runs in one process: start it without accelerate launch")
     if name == "generate":
         generate(sources, config)
     elif name == "demo":

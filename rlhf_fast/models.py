@@ -170,10 +170,17 @@ def token_values(
 
     Raises ``ValueError`` where the model has no head ``score`` with one output per token.
     """
-    head = getattr(unwrap(model), "score", None)
-    if head is None:
+    if not hasattr(unwrap(model), "score"):
         raise ValueError(f"{type(model).__name__} has no scalar head: load it with load_scalar_model")
-    hidden = hidden_states(model, ids, mask)
+    return torch.where(mask.bool(), scalar_head(model, hidden_states(model, ids, mask)), 0)
+
+
+def scalar_head(
+    model: Any,
+    hidden: Tensor,  # [..., H]
+) -> Tensor:
+    """``[...]``, the scalar head of ``model`` on hidden states of its backbone, as ``token_values`` has it."""
+    head = unwrap(model).score
     with torch.autocast(hidden.device.type, enabled=False):
         # Rounded to bfloat16 a value would have three digits left.
         if type(head) is nn.Linear:
@@ -184,7 +191,7 @@ def token_values(
             values = head(hidden.to(next(head.parameters()).dtype))
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     shift = getattr(unwrap(model).config, "score_shift", 0.0)
-    return torch.where(mask.bool(), values.squeeze(-1) + shift, 0)
+    return values.squeeze(-1) + shift
 
 
 def sequence_scores(

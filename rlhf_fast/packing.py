@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast import dispatch
 from rlhf_fast.data import pad
-from rlhf_fast.models import accepts, evaluating
+from rlhf_fast.models import accepts, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
 
 
@@ -52,6 +52,67 @@ def pack(
     return Packed(*(x.to(device, non_blocking=True) for x in (ids, positions, mask)))
 
 
+class Spots(NamedTuple):
+    """Packed sequences of prompt and response, and where the response tokens are predicted."""
+
+    packed: Packed  # its mask is True on the tokens whose next one is a response token
+    targets: Tensor  # [R, L], int64, the next token
+    at: Tensor  # [B, T], int64, where in R * L each response token is predicted; 0 where masked
+    mask: Tensor  # [B, T], bool
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``[R, L]`` values of the predictions as ``[B, T]``, 0 where masked."""
+        return torch.where(self.mask, values.flatten()[self.at], 0)
+
+
+def spots(
+    ids: Tensor,  # [B, P + T]
+    mask: Tensor,  # [B, T], bool
+    prompt_lengths: Tensor,  # [B], int64, on the CPU
+    lengths: Tensor,  # [B], int64, on the CPU
+    *,
+    flat: bool = False,
+) -> Spots:
+    """The sequences of ``ids``, prompts padded to the left and responses to the right, without that padding.
+
+    They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one. Only lengths that the
+    CPU knows are looked at, so that nothing waits for the device.
+    """
+    width, before = ids.shape[1], ids.shape[1] - mask.shape[1]
+    whole, prompts, answers = (x.tolist() for x in (prompt_lengths + lengths, prompt_lengths, lengths))
+    room = sum(whole) if flat else max(whole)
+    rows = first_fit(whole, room)
+    source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
+    positions, predicts = torch.zeros_like(source), torch.zeros_like(source, dtype=torch.bool)
+    at = torch.zeros(mask.shape, dtype=torch.long)
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            end, first = start + whole[i], start + prompts[i] - 1  # the prompt's last token predicts the first answer
+            source[r, start:end] = torch.arange(i * width + before - prompts[i], i * width + before + answers[i])
+            positions[r, start:end] = torch.arange(whole[i])
+            predicts[r, first : first + answers[i]] = True
+            at[i, : answers[i]] = torch.arange(r * room + first, r * room + first + answers[i])
+            start = end
+    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, predicts, at)]
+    packed = Packed(ids.flatten()[moved[0]], moved[1], moved[2])
+    return Spots(packed, packed.ids.roll(-1, 1), moved[3], mask)
+
+
+def packed_values(model: Any, packed: Packed) -> Tensor:
+    """``[R, L]``, the scalar head at every token, in float32."""
+    return scalar_head(model, _packed_hidden(model, packed))
+
+
+def _packed_hidden(model: Any, packed: Packed) -> Tensor:
+    with silent():
+        output = unwrap(model).base_model(
+            input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True
+        )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
 def packed_logits(model: Any, packed: Packed) -> Tensor:
     """``[R, L, V]`` logits; those at a token are of the next one.
 
@@ -85,8 +146,8 @@ def check_packing(model: Any) -> None:
     device, flat = next(model.parameters()).device, uses_varlen(model)
     sequences = [([1, 2, 3], [True] * 3), ([2, 1, 3, 1], [True] * 4)]
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flat):
-        beside = packed_logits(model, pack([sequences], 0, device))[0, 3:].float()
-        alone = packed_logits(model, pack([sequences[1:]], 0, device))[0].float()
+        beside = _packed_hidden(model, pack([sequences], 0, device))[0, 3:].float()
+        alone = _packed_hidden(model, pack([sequences[1:]], 0, device))[0].float()
     allowed = (3e-2 if flat else 1e-3) * alone.abs().max()
     if (alone - beside).abs().max() > allowed:
         raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")

@@ -139,8 +139,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     if getattr(whole.config, "pad_token_id", None) is None:
         whole.config.pad_token_id = tokenizer.pad_token_id
     try:
-        if hasattr(model, "merge_and_unload"):
-            whole = copy.deepcopy(model).merge_and_unload()
+        whole = merged(model)
         with silent():
             whole.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -148,6 +147,11 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
             save_file({n: p.detach() for n, p in _trained(model).items()}, Path(folder) / TRAINED)
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+
+
+def merged(model: Any) -> Any:
+    """The transformers model inside of ``model``; with the adapters of a PEFT model merged into a copy of it."""
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else unwrap(model)
 
 
 def restore(model: Any, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_fast.data import Prompt
 from rlhf_fast.generate import Generation
 from rlhf_fast.losses import masked_mean
+from rlhf_fast.packing import Spots, spots
 
 #: The fields of shape [B, T]; scores may be one.
 PER_TOKEN = ("responses", "mask", "sampler_logprobs", "old_logprobs", "ref_logprobs", "kl", "values", "scores")
@@ -74,8 +76,26 @@ class Rollout:
         """The tokens of each response, the stop token included; waits for the device."""
         return [row[:n] for row, n in zip(self.responses.tolist(), self.lengths.tolist(), strict=True)]
 
+    @cached_property
+    def spots(self) -> Spots:
+        """The sequences without their padding, in rows as long as the longest of them."""
+        return spots(self.ids, self.mask, self.prompt_lengths, self.lengths)
+
+    @cached_property
+    def flat_spots(self) -> Spots:
+        """The same in one row, for flash-attn's kernels."""
+        return spots(self.ids, self.mask, self.prompt_lengths, self.lengths, flat=True)
+
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on ``device``, but for the lengths."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor) and name not in ("prompt_lengths", "lengths"):
+                moved[name] = value.to(device)
+        return Rollout(**moved)
 
     def sequence_scores(self) -> Tensor:
         """``[B]``: the score of each response, summed over its tokens where the reward is dense."""

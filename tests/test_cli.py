@@ -420,6 +420,22 @@ def test_doctor_names_the_gpu_that_measured(capsys, monkeypatch):
     assert "an argument" not in shown
 
 
+SWEPT = ["sft", "--model", "m", "--data", "d", "--sweep", "s.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("what", "command"),
+    [
+        ("demo", ["demo"]), ("generate", ["generate", "--model", "m", "--prompt", "p"]),
+        ("evaluate", ["evaluate", "--model", "m", "--prompts", "p"]), ("a sweep", SWEPT),
+    ],
+)  # fmt: skip
+def test_what_runs_in_one_process_refuses_several(monkeypatch, capsys, what, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"rlhf-fast: {what} runs in one process: start it without accelerate launch\n"
+
+
 def test_a_reader_that_leaves_is_no_error():
     command = [sys.executable, "-m", "rlhf_fast.cli", "doctor"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""docs/kernels.md: its example runs as it is printed, its figures are the committed ones, its links lead somewhere."""
+"""docs: examples run as they are printed, figures are the committed ones, flags and links lead somewhere."""
 
 import json
 import re
@@ -34,11 +34,27 @@ def test_every_op_has_its_section():
     assert re.findall(r"^## (\w+)$", TEXT, re.MULTILINE) == ops
 
 
-def test_links_lead_to_files():
-    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
+@pytest.mark.parametrize("page", ["kernels.md", "scale.md"])
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", (DOCS / page).read_text(encoding="utf-8"))
     assert links
     for link in links:
         assert (DOCS / link).exists(), link
+
+
+def test_the_launch_line_has_flags_of_ppo_and_the_fields_that_are_named_exist():
+    import dataclasses
+
+    from rlhf_fast.cli import SOURCES, config_class
+
+    text = (DOCS / "scale.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"rlhf_fast\.cli ppo \\\n(.*?)```", text, re.DOTALL)
+    fields = {field.name for field in dataclasses.fields(config_class("ppo"))}
+    flags = re.findall(r"--(\w+)", command)
+    assert len(flags) == 4
+    assert set(flags) <= fields | SOURCES["ppo"].keys()
+    named = set(re.findall(r"`([a-z_]+)=[\w:]+`", text))
+    assert {"precision", "share", "gradient_checkpointing", "old_logprobs"} <= named <= fields
 
 
 def numbers(value) -> list[float]:

@@ -29,6 +29,7 @@ LAYERS = (
         "columns",
         "preferences",
         "generate",
+        "generators",
         "beams",
         "candidates",
         "packing",

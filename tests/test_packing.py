@@ -57,8 +57,10 @@ def test_a_model_whose_sequences_would_see_each_other_is_refused():
     check_packing(model)
     assert model.training
     # With a mask, transformers does not look at the positions.
-    forward = model.forward
-    model.forward = lambda input_ids, **more: forward(input_ids, attention_mask=torch.ones_like(input_ids), **more)
+    forward = model.transformer.forward
+    model.transformer.forward = lambda input_ids, **more: forward(
+        input_ids, **more | {"attention_mask": torch.ones_like(input_ids)}
+    )
     with pytest.raises(ValueError, match="the sequences of GPT2LMHeadModel see each other when they are packed"):
         check_packing(model)
     from transformers import BloomConfig, BloomForCausalLM

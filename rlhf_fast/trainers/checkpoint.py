@@ -5,6 +5,7 @@
     (the model's files, as ``save_pretrained`` names them; further models in folders of their own)
     optimizer.safetensors   what AdamW keeps of every weight
     random.json             the states of the global generators; the trainers draw from streams of their own
+    random.1.json           those of the second process, and so on
     trainer.json            the trainer's numbers, and a fingerprint of its data
     files.json              the size of every file, written last: without it, or with another size, it is half-written
 """
@@ -32,7 +33,7 @@ def save_state(
     kept = optimizer.state_dict()["state"]
     tensors = {f"{index}.{name}": value.contiguous() for index, s in kept.items() for name, value in s.items()}
     save_file(tensors, folder / "optimizer.safetensors")
-    (folder / "random.json").write_text(json.dumps(_random_state()) + "\n")
+    save_random(folder, 0, random_state())
     record = {**numbers, "data": fingerprint(examples)}
     (folder / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -56,8 +57,19 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, examples: Iterabl
     if any(i >= len(weights) or weights[i].shape != shape for i, shape in shapes.items()):
         raise ValueError(f"{folder} holds the optimizer of other weights, so that this run cannot go on from it")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    _set_random_state(json.loads((folder / "random.json").read_text()))
+    load_random(folder, 0)
     return numbers
+
+
+def save_random(folder: Path, process: int, state: dict[str, Any]) -> None:
+    """Write the ``random_state`` of a process."""
+    (folder / _random_file(process)).write_text(json.dumps(state) + "\n")
+
+
+def load_random(folder: Path, process: int) -> None:
+    """Put back the generators of a process, if there was one of that number."""
+    if (folder / _random_file(process)).exists():
+        _set_random_state(json.loads((folder / _random_file(process)).read_text()))
 
 
 def fingerprint(examples: Iterable[Any]) -> str:
@@ -90,7 +102,11 @@ def _nested(value: list[Any]) -> bool:
     return bool(value) and not isinstance(value[0], (int, bool))
 
 
-def _random_state() -> dict[str, Any]:
+def _random_file(process: int) -> str:
+    return f"random.{process}.json" if process else "random.json"
+
+
+def random_state() -> dict[str, Any]:
     """The global generators, for rewards and models of the user that draw from them."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {

@@ -52,6 +52,7 @@ class DistillConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the data and the responses", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -116,7 +117,7 @@ class DistillTrainer:
         check_vocabulary(student, self.teacher, teacher, self.tokenizer)
         self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
-        self.model = learning.trainable(student, self.device)
+        self.model = learning.trainable(student, self.device, c)
         self.teacher = models.frozen_copy(self.teacher).to(self.device)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)

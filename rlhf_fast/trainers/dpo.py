@@ -43,6 +43,7 @@ class DPOConfig:
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the pairs and of new adapters", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -96,7 +97,7 @@ class DPOTrainer:
         for each in (self.model, self.reference):
             answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
             models.check_tokens(each, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(self.model, self.device)
+        self.model = learning.trainable(self.model, self.device, c)
         freeze(self.model, c.share)
         self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
         if c.precompute_reference:

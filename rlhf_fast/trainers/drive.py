@@ -2,12 +2,18 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.watch import Watch, training_range
+
+ECHO = 2.0  # seconds in which the same signal again is the launcher's
+AGREED = (FloatingPointError, ValueError, TypeError)  # what all processes raise in the same place
 
 
 def drive(
@@ -21,7 +27,7 @@ def drive(
     is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once. Where
     the trainer has ``on_step(step, stats)``, that is called after each step, and what it raises ends the run.
     """
-    found = run.open(total, resume=resume)
+    found = processes.gathered(lambda: run.open(total, resume=resume))[0]
     deafen = _listen(run)
     told = getattr(trainer, "on_step", None)
     done, fault = 0, None
@@ -29,6 +35,7 @@ def drive(
         watch = Watch(run.config, training_range(trainer)).replay(run.past)
         if found is not None:
             trainer.restore(found)
+            checkpoint.load_random(found, processes.rank())
             done = trainer.done
             run.say(f"going on after step {done}, from {found}")
         for batch in trainer.batches():
@@ -36,9 +43,10 @@ def drive(
             try:
                 stats = trainer.step(batch)
             except Exception as error:
-                if trainer.updates == updates and done:  # nothing of this step has reached the weights
-                    run.checkpoint(done, trainer.save)
-                for kind in (FloatingPointError, ValueError, TypeError):
+                # Nothing of this step has reached the weights, and no process is elsewhere.
+                if trainer.updates == updates and done and (processes.count() == 1 or isinstance(error, AGREED)):
+                    save(trainer, run, done)
+                for kind in AGREED:
                     if isinstance(error, kind):
                         raise kind(f"step {done + 1}: {error}; {run.last_checkpoint()}") from error
                 raise
@@ -50,13 +58,14 @@ def drive(
                 run.warn(done, cause, sentence)
             if told is not None:
                 told(done, stats)
+            run.stop_signal = processes.highest(run.stop_signal)
             if run.stop_signal:
-                run.checkpoint(done, trainer.save)
+                save(trainer, run, done)
                 run.say(f"stopped after step {done}; {run.last_checkpoint()}")
                 raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
             if save_every and done % save_every == 0:
-                run.checkpoint(done, trainer.save)
-        run.finish(trainer.save_model)
+                save(trainer, run, done)
+        processes.gathered(lambda: run.finish(trainer.save_model))
         return run.metrics
     except BaseException as error:
         fault = error
@@ -66,13 +75,34 @@ def drive(
         run.close(fault)
 
 
+def save(trainer: Any, run: Run, done: int) -> None:
+    """Write a checkpoint after step ``done``, in which every process keeps its own generators."""
+    states = processes.gathered(checkpoint.random_state)
+
+    def write(folder: Path) -> None:
+        trainer.save(folder)
+        for process, state in list(enumerate(states))[1:]:
+            checkpoint.save_random(folder, process, state)
+
+    processes.gathered(lambda: run.checkpoint(done, write))
+
+
 def _listen(run: Run) -> Callable[[], None]:
     """Turn SIGINT and SIGTERM into ``run.stop_signal``; returns what puts the old handlers back."""
     previous: dict[int, Any] = {}
+    heard: dict[int, float] = {}
+    several = processes.count() > 1  # their launcher passes on what the terminal has sent to each of them already
 
     def note(number: int, _: FrameType | None) -> None:
+        again = number in heard
+        if again and time.monotonic() - heard[number] < ECHO:
+            return
+        heard[number] = time.monotonic()
+        if again or not several:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if again:
+            signal.raise_signal(number)
         run.stop_signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if not run.quiet:  # not by print: the signal may have come in the middle of one
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models, ops
+from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, shape_rewards, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
-from rlhf_fast.trainers import checkpoint, learning, online
+from rlhf_fast.trainers import checkpoint, learning, online, scoring
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder
@@ -70,10 +71,12 @@ class GRPOConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     stop_token: str | None = option(None, "a token that ends a response, beside the end token")
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     share: str = option("none", "weights of policy and reference: none, hydra:k (top k layers apart) or lora")
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
     save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
@@ -99,6 +102,7 @@ class GRPOTrainer:
         config: a ``GRPOConfig``.
         tokenizer: the policy's, needed if ``model`` is a module.
         reference: what the KL is taken from: a path or module; a frozen copy of the policy as it is now if absent.
+        generator: what writes the responses, a ``generators.Generator``; the policy's own decode loop if absent.
     """
 
     def __init__(
@@ -111,14 +115,15 @@ class GRPOTrainer:
         config: GRPOConfig | None = None,
         tokenizer: Any = None,
         reference: Any = None,
+        generator: Generator | None = None,
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, GRPOConfig)
-        self.output_dir, self.accelerator = output_dir, learning.accelerator()
+        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator(parallel=True)
         device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
-        self.policy = learning.trainable(models.load_policy(model), device)
+        self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         self.reference = None
         if c.kl_coef > 0:
@@ -130,6 +135,7 @@ class GRPOTrainer:
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers |= dict.fromkeys(token_readers(self.reward), 1)
+        online.prepare_packing([self.policy, *([self.reference] if self.reference else [])], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)
@@ -182,21 +188,20 @@ class GRPOTrainer:
         for attempt in range(1 + c.resample):
             written = online.write(
                 self.policy, [prompt for prompt in asked for _ in range(c.group_size)], self.tokenizer, c,
-                stop_ids=self.stop_ids, step=self.done, attempt=attempt,
+                stop_ids=self.stop_ids, step=self.done, attempt=attempt, generator=self.generator,
             )  # fmt: skip
-            rounds.append((written, online.sequence_scores(self.reward, written, c, self.moments)))
+            rounds.append((written, scoring.sequence_scores(self.reward, written, c, self.moments)))
             equal = [online.equal_groups(scores, c.group_size) for _, scores in rounds]
             missing = len(batch) - sum(len(found) - sum(found) for found in equal)
             if missing <= 0:
                 break
             asked = online.more(self.prompts, missing, c, self.done, attempt)
         rollout, scores = online.keep_groups(rounds, len(batch), c.group_size)
-        for rows in torch.arange(len(rollout)).split(self.forward_size):
-            part = rollout.select(rows)
-            at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
+
+        def read(part: Rollout) -> None:
             online.compare(self.policy, self.reference, part, c)
-            for name in ("old_logprobs", "ref_logprobs", "kl"):
-                getattr(rollout, name)[at] = getattr(part, name)
+
+        online.fill(rollout, self.forward_size, ("old_logprobs", "ref_logprobs", "kl"), read)
         return rollout, scores, sum(equal[0]) / len(batch)
 
     def advantages(self, rollout: Rollout, scores: Tensor) -> Tensor:

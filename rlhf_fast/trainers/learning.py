@@ -7,16 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.dispatch import require
+from rlhf_fast.trainers import processes
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 #: What a run needs of the extra ``train``, asked for at its start.
 PACKAGES = ("transformers", "accelerate", "tqdm", "tensorboard", "rich")
+#: Accelerate's names of what the trainers run in: one process, or data parallel.
+DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+UNSUPPORTED = "each process holds the whole model (docs/scale.md)"
 
 
-def accelerator() -> Any:
+def accelerator(*, parallel: bool = False) -> Any:
     """Accelerate's view of this process: its device, its backward and its clipping.
 
+    ``parallel``: the trainer takes its share of a batch where there are several processes (``processes``).
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
     float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
     trainers cannot do, ``ModuleNotFoundError`` where one of ``PACKAGES`` is absent.
@@ -25,8 +30,13 @@ def accelerator() -> Any:
     from accelerate import Accelerator
 
     found = Accelerator()
-    if found.num_processes > 1:
-        raise ValueError(f"the trainers run in one process, and Accelerate was started with {found.num_processes}")
+    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
+    if kind not in DISTRIBUTED:
+        raise ValueError(f"the trainers run data parallel, and Accelerate was set up for {kind}: {UNSUPPORTED}")
+    if found.num_processes > 1 and not parallel:
+        raise ValueError(f"this trainer runs in one process, and Accelerate was started with {found.num_processes}")
+    if found.gradient_accumulation_steps > 1:  # it would divide every loss once more
+        raise ValueError("set micro_batch_size, and leave Accelerate's gradient_accumulation_steps at 1")
     if found.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"the trainers need no loss scaling: use precision=bf16, not {found.mixed_precision}")
     return found
@@ -37,9 +47,20 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def trainable(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight."""
-    return model.to(device=device, dtype=torch.float32).train()
+def trainable(model: Any, device: torch.device, config: Any) -> Any:
+    """``model`` on ``device`` with float32 weights: a step of 1e-6 is lost in the 8 bits of a bfloat16 weight.
+
+    In several processes they are those of the first. With ``config.gradient_checkpointing`` its layers keep no
+    activations for the backward pass. Raises ``ValueError`` where the model cannot do that.
+    """
+    model = model.to(device=device, dtype=torch.float32).train()
+    processes.same_weights(model)
+    if config.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(f"{type(model).__name__} has no gradient checkpointing: gradient_checkpointing=false")
+        newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers 5
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
 
 
 def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
@@ -73,8 +94,18 @@ def set_rate(optimizer: torch.optim.Optimizer, schedule: str, step: int, total: 
 
 
 def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -> Tensor:
-    """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that."""
+    """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that.
+
+    In several processes their gradients are summed first.
+    """
+    processes.sum_gradients(models)
     return torch.stack([accelerator.clip_grad_norm_(model.parameters(), max_norm).float() for model in models])
+
+
+def split(items: list[Any], size: int | None) -> list[list[Any]]:
+    """``items`` in parts of ``size``, the last of which may be smaller, or in one if it is None."""
+    size = size or max(len(items), 1)
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def numbers(stats: dict[str, Tensor]) -> dict[str, float]:

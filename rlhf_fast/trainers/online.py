@@ -1,16 +1,16 @@
 """What the trainers share whose policy writes its own training data: prompts in, responses out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models, ops
-from rlhf_fast.generate import decode, stop_tokens, texts_of
-from rlhf_fast.rewards import RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
+from rlhf_fast import data, models, ops, packing
+from rlhf_fast.generate import stop_tokens, texts_of
+from rlhf_fast.generators import DecodeGenerator, Generator, check_written
 from rlhf_fast.rollout import Rollout
-from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import learning, processes
 from rlhf_fast.trainers.run import stream
 
 PROMPTS, SEEDS, MINIBATCHES, MORE = 0, 1, 2, 3  # what a random stream is for
@@ -35,6 +35,13 @@ def tokenise(
     for model in readers:
         models.check_tokens(model, tokenizer, (example.ids for example in examples))
     return examples
+
+
+def prepare_packing(readers: list[nn.Module], device: torch.device, config: Any) -> None:
+    """Where ``config.packing`` asks for it, see to it that the sequences of no reader see each other in a row."""
+    for model in readers if config.packing else ():
+        packing.prefer_varlen(model, device, config.precision)
+        packing.check_packing(model)
 
 
 def batches(prompts: list[data.Prompt], config: Any, done: int) -> Iterator[list[data.Prompt]]:
@@ -65,22 +72,56 @@ def write(
     stop_ids: list[int],
     step: int,
     attempt: int = 0,
+    generator: Generator | None = None,
 ) -> Rollout:
-    """A response of ``policy`` to each prompt of ``batch``.
+    """A response of ``policy`` to each prompt of ``batch``: each process writes its share, and all get the whole.
 
-    The seeds depend on the config's, on ``step`` and, after the first, on the ``attempt`` alone.
+    The seeds depend on the config's, on ``step`` and, after the first, on the ``attempt`` alone. A ``generator`` other
+    than the decode loop gets the policy's weights before the first attempt.
     """
     device = next(policy.parameters()).device
-    ids = [example.ids for example in batch]
-    prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, tokenizer.pad_token_id, side="left"))
-    seeds = torch.randint(2**62, (len(batch),), generator=stream(config.seed, SEEDS, step, *[attempt] * (attempt > 0)))
-    with learning.autocast(device, config.precision):
-        written = decode(
-            policy, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            seeds=seeds,
-        )  # fmt: skip
-    return Rollout.begin(batch, prompt_ids, prompt_mask, written, texts_of(written, tokenizer))
+    every = torch.randint(2**62, (len(batch),), generator=stream(config.seed, SEEDS, step, *[attempt] * (attempt > 0)))
+    mine, seeds = processes.share(batch), processes.share(every)
+
+    def part() -> Rollout | None:
+        if not mine:
+            return None
+        ids = [example.ids for example in mine]
+        prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, tokenizer.pad_token_id, side="left"))
+        with learning.autocast(device, config.precision):
+            if generator is not None and attempt == 0:
+                generator.sync(policy)
+            written = (generator or DecodeGenerator()).write(
+                policy, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
+                pad_id=tokenizer.pad_token_id, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                seeds=seeds,
+            )  # fmt: skip
+        if generator is not None:
+            check_written(written, len(mine), config.max_new_tokens)
+        return Rollout.begin(mine, prompt_ids, prompt_mask, written, texts_of(written, tokenizer))
+
+    parts = [written for written in processes.gathered(part) if written is not None]
+    return parts[0] if len(parts) == 1 else Rollout.join(parts).to(device)
+
+
+def fill(rollout: Rollout, size: int, names: Sequence[str], read: Callable[[Rollout], None]) -> None:
+    """Let ``read`` fill in the fields ``names`` of ``rollout``, ``size`` responses at a time.
+
+    Each process reads its share, and all get the whole.
+    """
+    mine = processes.share(torch.arange(len(rollout)))
+
+    def part() -> dict[str, Tensor]:
+        for rows in mine.split(size) if len(mine) else ():
+            some = rollout.select(rows)
+            read(some)
+            for name in names:
+                getattr(rollout, name)[slice(rows[0], rows[-1] + 1), slice(some.mask.shape[1])] = getattr(some, name)
+        return {name: processes.share(getattr(rollout, name)) for name in names}
+
+    parts = processes.gathered(part)
+    for name in names if len(parts) > 1 else ():
+        setattr(rollout, name, torch.cat([found[name] for found in parts]).to(rollout.mask.device))
 
 
 def stop_ids(policy: nn.Module, tokenizer: Any, more: str | None) -> list[int]:
@@ -93,8 +134,19 @@ def stop_ids(policy: nn.Module, tokenizer: Any, more: str | None) -> list[int]:
 
 def read(model: nn.Module, rollout: Rollout, config: Any) -> ops.LogprobsOutput:
     """Logprob and entropy of every response token under ``model``."""
-    logits = _logits(model, rollout, config)
-    return ops.logprobs(logits, rollout.responses, temperature=config.temperature, mask=rollout.mask)
+    logits, tokens, mask, spread = _predictions(model, rollout, config)
+    found = ops.logprobs(logits, tokens, temperature=config.temperature, mask=mask)
+    return ops.LogprobsOutput(*map(spread, found))
+
+
+def values(critic: nn.Module, rollout: Rollout, config: Any) -> Tensor:
+    """The critic's value ``[B, T]`` of the state before each response token."""
+    with learning.autocast(rollout.mask.device, config.precision):
+        if config.packing:
+            spots = _spots(critic, rollout)
+            return spots.spread(packing.packed_values(critic, spots.packed))
+        found = models.token_values(critic, rollout.ids, rollout.attention)
+    return torch.where(rollout.mask, found[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
 
 
 def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, config: Any) -> None:
@@ -104,9 +156,10 @@ def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, co
     """
     recomputed = config.old_logprobs == "recomputed"
     if config.kl == "exact" and reference is not None:
-        both = (_logits(model, rollout, config) for model in (policy, reference))
-        found = ops.kl(*both, rollout.responses, temperature=config.temperature, mask=rollout.mask)
-        rollout.kl, old, rollout.ref_logprobs = found.kl, found.logprobs, found.ref_logprobs
+        logits, tokens, mask, spread = _predictions(policy, rollout, config)
+        ref_logits = _predictions(reference, rollout, config)[0]
+        found = ops.kl(logits, ref_logits, tokens, temperature=config.temperature, mask=mask)
+        rollout.kl, old, rollout.ref_logprobs = map(spread, (found.kl, found.logprobs, found.ref_logprobs))
         rollout.old_logprobs = old if recomputed else rollout.old_logprobs
         return
     if recomputed:
@@ -118,46 +171,16 @@ def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, co
 
 
 def corrected(advantages: Tensor, rollout: Rollout, cap: float | None) -> Tensor:
-    """``advantages [B, T]`` times the ratio of trainer to sampler, at most ``cap``: truncated importance sampling.
+    """``advantages``, ``[B, T]`` or ``[B]``, times the ratio of trainer to sampler, at most ``cap``: ``[B, T]``.
 
-    Without a cap they are returned as they are. Yao et al. 2025, "Your efficient RL framework secretly brings you
-    off-policy RL training".
+    This is truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training"). Without a cap they are returned as they are.
     """
     if cap is None:
         return advantages
     ratio = (rollout.old_logprobs - rollout.sampler_logprobs).exp().clamp(max=cap)
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     return torch.where(rollout.mask, advantages * ratio, 0)
-
-
-def scores(reward: Any, rollout: Rollout, config: Any, moments: RunningMoments) -> Tensor:
-    """The reward's scores, ``[B]`` or ``[B, T]``, scaled as ``config`` says; ``rollout`` keeps them raw."""
-    with learning.autocast(rollout.mask.device, config.precision):
-        said = ask(reward, rollout.prompts, rollout.texts, rollout.columns, rollout.response_ids())
-    found = check_scores(said, len(rollout), rollout.texts, prompts=rollout.prompts, mask=rollout.mask)
-    rollout.scores = found
-    if config.scale_scores == "none":
-        return found
-    moments.update(rollout.sequence_scores())
-    return (found - (moments.mean if config.scale_scores == "norm" else 0.0)) / moments.std
-
-
-def token_rewards(scores: Tensor, rollout: Rollout, config: Any, kl_coef: float) -> Tensor:
-    """``[B, T]``: the score, clipped, less the penalties, where a response ends, and the price of the KL everywhere."""
-    kl, both = config.kl, (rollout.old_logprobs, rollout.ref_logprobs)
-    if kl == "exact":  # k1 of it and 0 is the KL itself
-        kl, both = "k1", (rollout.kl, torch.zeros_like(rollout.kl))
-    rewards = shape_rewards(scores, *both, rollout.mask, kl_coef=kl_coef, kl=kl, clip_scores=config.clip_scores)
-    return rewards + shape_rewards(-penalties(rollout, config), *both, rollout.mask, kl_coef=0.0)
-
-
-def sequence_scores(reward: Any, rollout: Rollout, config: Any, moments: RunningMoments) -> Tensor:
-    """One score for each response, ``[B]``: scaled, clipped and less the penalties."""
-    found = scores(reward, rollout, config, moments)
-    if found.dim() == 2:
-        found = torch.where(rollout.mask, found, 0).sum(1)
-    if config.clip_scores is not None:
-        found = found.clamp(-config.clip_scores, config.clip_scores)
-    return found - penalties(rollout, config)
 
 
 def keep_groups(rounds: list[tuple[Rollout, Tensor]], count: int, size: int) -> tuple[Rollout, Tensor]:
@@ -180,14 +203,6 @@ def equal_groups(scores: Tensor, size: int) -> list[bool]:
 def cliprange(config: Any) -> tuple[float, float]:
     """How far the ratio may move down and up."""
     return config.cliprange, config.cliprange if config.cliprange_high is None else config.cliprange_high
-
-
-def penalties(rollout: Rollout, config: Any) -> Tensor:
-    """What each response loses for not ending and for being long, ``[B]``."""
-    missing = torch.where(rollout.ended, 0.0, config.missing_eos_penalty or 0.0)
-    buffer = min(config.overlong_buffer, config.max_new_tokens)
-    length = overlong_penalty(rollout.mask.sum(1), longest=config.max_new_tokens, buffer=buffer)
-    return missing + config.overlong_penalty * length
 
 
 def update(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...]) -> dict[str, float]:
@@ -215,18 +230,25 @@ def update(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...]) -> dict[
 def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows: Tensor) -> dict[str, float]:
     """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch.
 
-    The denominator is that of the minibatch, so that the split changes no more than the rounding.
+    The denominator is that of the minibatch, so that the split, and that among processes, changes no more than the
+    rounding.
     """
-    device, total = rollout.mask.device, {}
+    device, mine = rollout.mask.device, processes.share(rows)
     count = trainer.count(rollout, rows.to(device, non_blocking=True))
-    for some in rows.split(trainer.forward_size):
-        part, at = rollout.select(some), some.to(device, non_blocking=True)
-        end = part.mask.shape[1]
-        loss, stats = trainer.loss(part, *(t[at] if t.dim() == 1 else t[at, :end] for t in targets), count)
-        trainer.accelerator.backward(loss)
-        for name, value in {"loss": loss.detach(), **stats}.items():
-            merge = torch.maximum if name == "ratio_max" else torch.add
-            total[name] = merge(total[name], value) if name in total else value
+
+    def backward() -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for some in mine.split(trainer.forward_size) if len(mine) else ():
+            part, at = rollout.select(some), some.to(device, non_blocking=True)
+            end = part.mask.shape[1]
+            loss, stats = trainer.loss(part, *(t[at] if t.dim() == 1 else t[at, :end] for t in targets), count)
+            trainer.accelerator.backward(loss)
+            for name, value in {"loss": loss.detach(), **stats}.items():
+                merge = torch.maximum if name == "ratio_max" else torch.add
+                total[name] = merge(total[name], value) if name in total else value
+        return total
+
+    total = {name: value.to(device) for name, value in processes.summed(backward, largest=("ratio_max",)).items()}
     norms = learning.clip_gradients(trainer.accelerator, [*trainer.learners.values()], trainer.config.max_grad_norm)
     names = [f"{prefix}grad_norm" for prefix in trainer.learners]
     numbers = learning.numbers(total | dict(zip(names, norms, strict=True)))  # the only wait for the device
@@ -234,7 +256,15 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     return numbers
 
 
-def _logits(model: nn.Module, rollout: Rollout, config: Any) -> Tensor:
+def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor, Tensor, Callable]:
+    """Logits, the tokens that they predict, which of these count, and what brings results to ``[B, T]``."""
     with learning.autocast(rollout.mask.device, config.precision):
+        if config.packing:
+            spots = _spots(model, rollout)
+            return packing.packed_logits(model, spots.packed), spots.targets, spots.packed.mask, spots.spread
         logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-    return logits[:, :-1]  # those at a token are of the next one
+    return logits[:, :-1], rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
+
+
+def _spots(model: nn.Module, rollout: Rollout) -> packing.Spots:
+    return rollout.flat_spots if packing.uses_varlen(model) else rollout.spots

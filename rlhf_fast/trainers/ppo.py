@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import data, models, ops
+from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with_adapters
-from rlhf_fast.trainers import checkpoint, learning, online
+from rlhf_fast.trainers import checkpoint, learning, online, scoring
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder
@@ -70,10 +71,12 @@ class PPOConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
     stop_token: str | None = option(None, "a token that ends a response, beside the end token")
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     share: str = option("none", "weights of policy, reference and critic: none, hydra:k (top k layers apart) or lora")
     lora_rank: int = option(16, "rank of the adapters with share=lora", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the prompts' order, the responses and the minibatches", low=0, high=2**63 - 1)
     sample_every: int = option(10, "steps between tables of samples; 0 for none", low=0)
     save_every: int = option(50, "steps between checkpoints; 0 for none", low=0)
@@ -102,6 +105,7 @@ class PPOTrainer:
         reference: what the KL is taken from: a path or module; a frozen copy of the policy as it is now if absent.
         critic: a path or module (a causal LM or a model with a scalar head); the reward model's weights if there is
             one, else the policy's with a head of zeros, if absent.
+        generator: what writes the responses, a ``generators.Generator``; the policy's own decode loop if absent.
     """
 
     def __init__(
@@ -115,26 +119,28 @@ class PPOTrainer:
         tokenizer: Any = None,
         reference: Any = None,
         critic: Any = None,
+        generator: Generator | None = None,
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir, self.accelerator = output_dir, learning.accelerator()
+        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator(parallel=True)
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
-        self.policy = learning.trainable(models.load_policy(model), device)
+        self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept, shared_copy).to(device)
         self.reward = load_reward(reward, self.tokenizer, device=device)
         scorers = token_readers(self.reward)
         scorer = scorers[0] if scorers and c.share == "none" else None  # what is shared are the policy's weights
-        self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device)
+        self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device, c)
         if c.share == "lora":
             size = {"rank": c.lora_rank, "alpha": c.lora_alpha, "seed": c.seed}
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
+        online.prepare_packing([self.policy, self.reference, self.critic], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
@@ -190,28 +196,23 @@ class PPOTrainer:
     def rollout(self, batch: list[data.Prompt]) -> Rollout:
         """The policy writes a response to each prompt; policy, reference and critic read it once."""
         c = self.config
-        rollout = online.write(self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
-        for rows in torch.arange(len(batch)).split(self.forward_size):
-            part = rollout.select(rows)
-            at = slice(rows[0], rows[-1] + 1), slice(part.mask.shape[1])
-            online.compare(self.policy, self.reference, part, c)
-            rollout.values[at] = self.value(part)
-            for name in ("old_logprobs", "ref_logprobs", "kl"):
-                getattr(rollout, name)[at] = getattr(part, name)
-        return rollout
+        rollout = online.write(
+            self.policy, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done, generator=self.generator
+        )
 
-    def value(self, rollout: Rollout) -> Tensor:
-        """The critic's value ``[B, T]`` of the state before each response token."""
-        with learning.autocast(self.device, self.config.precision):
-            values = models.token_values(self.critic, rollout.ids, rollout.attention)
-        return torch.where(rollout.mask, values[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
+        def read(part: Rollout) -> None:
+            online.compare(self.policy, self.reference, part, c)
+            part.values = online.values(self.critic, part, c)
+
+        online.fill(rollout, self.forward_size, ("old_logprobs", "ref_logprobs", "kl", "values"), read)
+        return rollout
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Tensor:
         """The reward's score less the price of the KL, as one reward per token ``[B, T]``. Keeps ``rollout.scores``."""
         c = self.config
-        scores = online.scores(self.reward, rollout, c, self.moments)
-        rewards = online.token_rewards(scores, rollout, c, self.kl_coef)
+        scores = scoring.scores(self.reward, rollout, c, self.moments)
+        rewards = scoring.token_rewards(scores, rollout, c, self.kl_coef)
         return whiten(rewards, rollout.mask, shift_mean=False) if c.whiten_rewards else rewards
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
@@ -231,7 +232,8 @@ class PPOTrainer:
             now = online.read(self.policy, rollout, c)
         return ops.ppo_loss(
             now.logprobs, rollout.old_logprobs, advantages, rollout.mask, cliprange=online.cliprange(c),
-            values=self.value(rollout), old_values=rollout.values, returns=returns, cliprange_value=c.cliprange_value,
+            values=online.values(self.critic, rollout, c), old_values=rollout.values, returns=returns,
+            cliprange_value=c.cliprange_value,
             vf_coef=c.vf_coef, entropy=now.entropy, entropy_coef=c.entropy_coef, dual_clip=c.dual_clip,
             denominator=tokens,
         )  # fmt: skip

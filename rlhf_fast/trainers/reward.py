@@ -17,11 +17,11 @@ from torch import Tensor
 from rlhf_fast import data, models, preferences
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
-from rlhf_fast.losses.metrics import calibration_error, pairwise_accuracy, pairwise_calibration_error
 from rlhf_fast.losses.reward import RANKINGS
 from rlhf_fast.preferences import Judged
-from rlhf_fast.trainers import checkpoint, learning
+from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
+from rlhf_fast.trainers.margins import histogram, merged, seen, statistics
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
 from rlhf_fast.trainers.watch import note_range
@@ -50,6 +50,7 @@ class RewardConfig:
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer record stops the run, is cut or is left out", choices=data.OVERLONG)
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the new head and the order of the records", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -101,7 +102,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(parallel=True)
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
@@ -119,7 +120,7 @@ class RewardTrainer:
         self.examples, self.eval_examples, self.calibration = (self._tokenise(some) for some in records)
         every = [*self.examples, *self.eval_examples, *self.calibration]
         models.check_tokens(scorer, self.tokenizer, (ids for e in every for ids in preferences.sequences(e)))
-        self.model = learning.trainable(scorer, self.accelerator.device)
+        self.model = learning.trainable(scorer, self.accelerator.device, c)
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
         settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
@@ -151,22 +152,36 @@ class RewardTrainer:
 
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
-        c, count = self.config, sum(map(preferences.terms, batch))
+        c = self.config
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        loss, seen = torch.zeros((), device=self.accelerator.device), []
-        for judged in self.parts(batch):
-            scores = self.scores(judged)
-            share = self.loss(judged, scores, count)
-            self.accelerator.backward(share)
-            loss += share.detach()
-            seen.append((judged, scores.detach()))
+        found = self.read(batch, learn=True)
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        stats = learning.numbers({"loss": loss, "grad_norm": norms[0]} | statistics(self.kind, seen)[0])
+        known = {"loss": found["loss"].sum(), "grad_norm": norms[0].to(found["loss"].device)}
+        stats = learning.numbers(known | statistics(self.kind, found)[0])
         learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done, self.updates = self.done + 1, self.updates + 1
         return stats | {"lr": rate}
+
+    def read(self, examples: list[Any], *, learn: bool = False) -> dict[str, Tensor]:
+        """What is ``seen`` of ``examples``, and the ``loss`` of each micro-batch; every process reads its share.
+
+        With ``learn`` it leaves the gradient of that share in the weights.
+        """
+        count = sum(map(preferences.terms, examples))
+
+        def part() -> dict[str, Tensor]:
+            found = []
+            for judged in self.parts(processes.share(examples)):
+                scores = self.scores(judged)
+                loss = self.loss(judged, scores, count)
+                if learn:
+                    self.accelerator.backward(loss)
+                found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
+            return merged(found)
+
+        return merged(processes.gathered(part))
 
     def parts(self, examples: list[Any]) -> Iterator[Judged]:
         """``examples`` in micro-batches, on the model's device."""
@@ -209,13 +224,10 @@ class RewardTrainer:
     @torch.no_grad()
     def _judge(self, examples: list[Any]) -> tuple[dict[str, float], Tensor]:
         """The statistics of ``examples``, and their margins."""
-        count, loss, seen = sum(map(preferences.terms, examples)), [], []
-        for judged in self.parts(examples):
-            seen.append((judged, self.scores(judged)))
-            loss.append(self.loss(*seen[-1], count))
-        stats, margins = statistics(self.kind, seen)
-        found = learning.numbers({"loss": torch.stack(loss).sum()} | stats)
-        return {f"eval_{name}": value for name, value in found.items()}, margins
+        found = self.read(examples)
+        stats, margins = statistics(self.kind, found)
+        numbers = learning.numbers({"loss": found["loss"].sum()} | stats)
+        return {f"eval_{name}": value for name, value in numbers.items()}, margins
 
     def normalise(self) -> None:
         """Shift all scores so that those of the calibration data, or else of the training data, have mean 0."""
@@ -258,34 +270,3 @@ class RewardTrainer:
             answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
             note_range(self.model, answers, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)
-
-
-def statistics(kind: str, seen: list[tuple[Judged, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-    """How well scores ``[B, K]`` predict what is said of the answers, and the margins, one per prediction.
-
-    Of two answers that compete the margin is the score of the better less that of the worse; of a labelled one its
-    score, negative where the label is below a half. Where it is positive the prediction is right; 0 is half right.
-    """
-    scores = torch.cat([s.flatten()[judged.there] for judged, s in seen])
-    if kind in ("pairwise", "ranking"):
-        first = torch.cat([s.flatten()[judged.over] for judged, s in seen])
-        second = torch.cat([s.flatten()[judged.under] for judged, s in seen])
-        margins, ece = first - second, pairwise_calibration_error(first, second)
-    else:
-        labels = torch.cat([judged.targets.flatten()[judged.there] for judged, _ in seen])
-        margins, ece = scores * (labels - 0.5).sign(), calibration_error(scores, labels)
-    accuracy, mean = pairwise_accuracy(margins, torch.zeros_like(margins)), scores.mean()
-    std = (scores - mean).square().mean().sqrt()
-    stats = {"accuracy": accuracy, "ece": ece, "margin_mean": margins.mean(), "score_mean": mean, "score_std": std}
-    return stats, margins
-
-
-def histogram(
-    margins: Tensor,  # [M]
-    bins: int = 20,
-) -> dict[str, list[float]]:
-    """``counts`` of the margins between ``edges``, of which the one in the middle is 0."""
-    finite = margins[margins.isfinite()].float().cpu()
-    limit = max(finite.abs().amax().item() if len(finite) else 0.0, 1e-6)
-    edges = torch.linspace(-limit, limit, bins + 1)
-    return {"edges": edges.tolist(), "counts": torch.histc(finite, bins, -limit, limit).tolist()}

@@ -38,6 +38,7 @@ class RRHFConfig:
     overlong: str = option("error", "a longer response stops the run, or is cut, or its prompt left out",
                            choices=data.OVERLONG)  # fmt: skip
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the prompts", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -82,7 +83,7 @@ class RRHFTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         answers = (example.answers for example in [*self.examples, *self.eval_examples])
         models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(policy, self.accelerator.device)
+        self.model = learning.trainable(policy, self.accelerator.device, self.config)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_fast.trainers import checkpoint
+from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.lines import cut
 from rlhf_fast.trainers.page import write_page
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size")
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing")
 
 
 def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
@@ -43,11 +43,11 @@ def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
 
 
 class Run:
-    """What one training run writes into ``folder``; with ``folder=None`` it writes nothing.
+    """What one training run, of several processes the first alone, writes into ``folder``; nothing if that is None.
 
     ::
 
-        run.json            the trainer, its config and the versions it ran with
+        run.json            the trainer, its config, the versions and how many processes it ran with
         metrics.jsonl       one JSON object per step; docs/metrics.md explains the names
         warnings.jsonl      what trainers/watch.py found in them, if anything
         report.html         all of that as a page, also of a run that fails
@@ -59,8 +59,9 @@ class Run:
     """
 
     def __init__(self, kind: str, folder: str | Path | None, config: Any, *, keep: int, quiet: bool) -> None:
-        self.kind, self.config, self.keep, self.quiet = kind, config, keep, quiet
-        self.folder = None if folder is None else Path(folder)
+        first = processes.rank() == 0
+        self.kind, self.config, self.keep, self.quiet = kind, config, keep, quiet or not first
+        self.folder = None if folder is None or not first else Path(folder)
         self.stop_signal = 0
         self.start, self.before = time.monotonic(), 0.0  # seconds that the run had taken before it was resumed
         self.metrics: dict[str, float] = {}
@@ -97,6 +98,7 @@ class Run:
     def _write_record(self) -> None:
         assert self.folder is not None
         record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
+        record["processes"] = processes.count()
         try:
             with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
                 file.write(json.dumps(record, indent=2) + "\n")
@@ -247,6 +249,8 @@ class Run:
 
     def last_checkpoint(self) -> str:
         """The newest complete checkpoint, in words."""
+        if processes.rank():
+            return "process 0 knows the last good checkpoint"
         found = self.checkpoints()
         return f"last good checkpoint: {found[-1]}" if found else "there is no checkpoint yet"
 

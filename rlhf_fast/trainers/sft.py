@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
-from rlhf_fast.trainers import checkpoint, learning
+from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs
@@ -34,6 +34,7 @@ class SFTConfig:
     overlong: str = option("error", "a longer sequence stops the run, is cut or is left out", choices=data.OVERLONG)
     packing: bool = option(False, "sequences of a batch share rows of max_length, or as long as the longest if absent")
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
+    gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the data", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
@@ -68,7 +69,7 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(parallel=True)
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -77,7 +78,7 @@ class SFTTrainer:
         self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
-        self.model = learning.trainable(policy, self.accelerator.device)
+        self.model = learning.trainable(policy, self.accelerator.device, self.config)
         if self.config.packing:
             packing.prefer_varlen(self.model, self.accelerator.device, self.config.precision)
             packing.check_packing(self.model)
@@ -106,15 +107,21 @@ class SFTTrainer:
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
-        c = self.config
+        c, mine = self.config, processes.share(batch)
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         tokens = sum(sum(example.mask[1:]) for example in batch)
-        loss = torch.zeros((), device=self.accelerator.device)
-        for total in self.losses(batch):
-            self.accelerator.backward(total / max(tokens, 1))
-            loss += total.detach() / max(tokens, 1)
+
+        def backward() -> dict[str, Tensor]:
+            loss = torch.zeros((), device=self.accelerator.device)
+            for total in self.losses(mine):
+                part = total / max(tokens, 1)
+                self.accelerator.backward(part)
+                loss += part.detach()
+            return {"loss": loss}
+
+        loss = processes.summed(backward)["loss"]
         norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        loss_value, norm = torch.stack([loss, norms[0]]).tolist()
+        loss_value, norm = torch.stack([loss.to(norms.device), norms[0]]).tolist()
         learning.check_finite(self.optimizer, loss_value, [norm])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,9 +131,8 @@ class SFTTrainer:
     def losses(self, batch: list[data.Example]) -> Iterator[Tensor]:
         """The ``loss`` of ``batch`` in parts of ``micro_batch_size``, one after the other."""
         c = self.config
-        if not c.packing:
-            size = c.micro_batch_size or len(batch)
-            yield from (self.loss(batch[start : start + size]) for start in range(0, len(batch), size))
+        if not c.packing or not batch:
+            yield from map(self.loss, learning.split(batch, c.micro_batch_size))
             return
         lengths = [len(example.ids) for example in batch]
         rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
@@ -156,13 +162,12 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
-        size = self.config.batch_size
-        parts = [self.eval_examples[i : i + size] for i in range(0, len(self.eval_examples), size)]
+        parts = learning.split(processes.share(self.eval_examples), self.config.batch_size)
         tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
-        return {
-            "eval_loss": torch.stack([loss for part in parts for loss in self.losses(part)]).sum().item()
-            / max(tokens, 1)
-        }
+        zero = torch.zeros((), device=self.accelerator.device)
+        losses = (loss for part in parts for loss in self.losses(part))
+        loss = processes.summed(lambda: {"loss": sum(losses, zero)})["loss"]
+        return {"eval_loss": loss.item() / max(tokens, 1)}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""

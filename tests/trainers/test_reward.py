@@ -12,7 +12,8 @@ from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from rlhf_fast import models, preferences
 from rlhf_fast.data import DataError
 from rlhf_fast.rewards import load_reward
-from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer, histogram, statistics
+from rlhf_fast.trainers.margins import histogram, seen, statistics
+from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 
 PRAISE, BLAME, NEUTRAL = ["good", "great", "fun"], ["bad", "dull", "awful"], ["movie", "plot", "the", "is", "very"]
 
@@ -173,14 +174,14 @@ def test_the_statistics_by_hand():
         return 1 / (1 + math.exp(-x))
 
     judged = preferences.collate(build(pairs(2)).examples, 0)
-    stats, margins = statistics("pairwise", [(judged, torch.tensor([[2.0, 0.0], [0.0, 1.0]]))])
+    stats, margins = statistics("pairwise", seen(judged, torch.tensor([[2.0, 0.0], [0.0, 1.0]])))
     assert margins.tolist() == [2, -1]
     expected = {"accuracy": 0.5, "margin_mean": 0.5, "score_mean": 0.75, "score_std": math.sqrt(2.75 / 4)}
     expected["ece"] = ((1 - sigmoid(2)) + sigmoid(1)) / 2  # each alone in its bin
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected)
     data = [{"prompt": "a", "response": "b", "label": label} for label in (1, 0, 0.5)]
     judged = preferences.collate(build(data).examples, 0)
-    stats, margins = statistics("pointwise", [(judged, torch.tensor([[1.0], [-2.0], [0.5]]))])
+    stats, margins = statistics("pointwise", seen(judged, torch.tensor([[1.0], [-2.0], [0.5]])))
     assert margins.tolist() == [1, 2, 0]
     expected = {"accuracy": 2.5 / 3, "margin_mean": 1.0, "score_mean": -0.5 / 3}
     expected["score_std"] = math.sqrt((1 + 4 + 0.25) / 3 - (0.5 / 3) ** 2)

@@ -5,10 +5,12 @@ import math
 import os
 import signal
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlhf_fast.trainers import drive as drive_module
 from rlhf_fast.trainers import learning
 from rlhf_fast.trainers import run as run_module
 from rlhf_fast.trainers.drive import drive
@@ -163,6 +165,22 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert steps_kept(tmp_path / "run") == ["step-2"]
 
 
+def test_of_several_processes_each_takes_the_launchers_echo_for_one_signal(monkeypatch):
+    """A terminal sends Ctrl-C to all of them and to their launcher, which passes it on."""
+    run = Run("test", None, Config(), keep=1, quiet=True)
+    monkeypatch.setattr(drive_module.processes, "count", lambda: 2)
+    deafen = drive_module._listen(run)
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop_signal == signal.SIGINT
+        monkeypatch.setattr(drive_module, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        deafen()
+
+
 def test_a_crash_while_saving_leaves_the_older_checkpoints(tmp_path):
     class Full(Counter):
         def save(self, folder):
@@ -278,15 +296,19 @@ def test_learning_rates(schedule, rates):
 
 
 @pytest.mark.parametrize(
-    ("processes", "precision", "words"),
-    [(2, "no", "one process, and Accelerate was started with 2"), (1, "fp16", "use precision=bf16, not fp16")],
+    ("setup", "words"),
+    [
+        ({"distributed_type": "FSDP"}, "Accelerate was set up for FSDP: each process holds the whole model"),
+        ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
+        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "in one process, and Accelerate was started with 2"),
+        ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
+        ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
+    ],
 )
-def test_what_the_trainers_cannot_do_is_refused(monkeypatch, processes, precision, words):
+def test_what_the_trainers_cannot_do_is_refused(monkeypatch, setup, words):
     import accelerate
 
-    class Stub:
-        num_processes, mixed_precision = processes, precision
-
-    monkeypatch.setattr(accelerate, "Accelerator", Stub)
+    plain = {"distributed_type": "NO", "num_processes": 1, "gradient_accumulation_steps": 1, "mixed_precision": "no"}
+    monkeypatch.setattr(accelerate, "Accelerator", lambda: SimpleNamespace(**plain | setup))
     with pytest.raises(ValueError, match=words):
         learning.accelerator()

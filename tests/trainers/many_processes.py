@@ -1,0 +1,204 @@
+"""What test_processes.py compares: the same runs in one process and in two, started with a folder.
+
+Without RANK in its environment this is the one process, with it one of two, as ``accelerate launch`` would start them.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+torch.set_num_threads(1)
+
+from tiny import tiny_llama, tiny_tokenizer  # noqa: E402
+
+import rlhf_fast as rf  # noqa: E402
+from rlhf_fast import models  # noqa: E402
+from rlhf_fast.trainers import processes  # noqa: E402
+
+TOKENIZER = tiny_tokenizer()
+WORDS = ("good", "bad", "great", "awful", "not good", "very dull and not fun")
+DEMOS = [{"prompt": "the movie", "response": f" was {w}"} for w in WORDS[:5]]
+PAIRS = [{"prompt": f"the {w}", "chosen": " was fun", "rejected": f" was {w}", "margin": len(w) / 9} for w in WORDS]
+RANKED = [
+    {"prompt": f"the {w}", "responses": [" was fun", f" was {w}", " is"][:n], "scores": [n, 1, n][:n]}
+    for w, n in zip(WORDS, (3, 2, 3, 3, 3, 2), strict=True)
+]
+RANKED[-1]["scores"] = [1, 1]  # nothing to learn
+STEPS = [{"prompt": f"the {w}", "steps": [" was", f" {w}"], "labels": [None, w == "good"]} for w in WORDS]
+STEPS[0]["labels"][0] = 0.3
+PROMPTS = [{"prompt": f"the {w} was"} for w in ("movie", "plot", "bad", "good", "very dull and not fun")]
+NUMBERS = {"quiet": True, "save_every": 2, "learning_rate": 3e-4}
+ONLINE = {"steps": 4, "max_new_tokens": 6, "ppo_epochs": 2, "minibatch_size": 3} | NUMBERS
+
+
+def length(prompts, responses):
+    return [len(r) / 10 for r in responses]
+
+
+def dense(prompts, responses):
+    """``[B, T]``: with one stop token in 370 some response of every share has all the 6 tokens."""
+    return torch.tensor([[len(r) / 10.0] for r in responses]).expand(-1, 6)
+
+
+def noisy(prompts, responses):
+    return [len(r) / 10 + random.random() + np.random.rand() + torch.rand(()).item() for r in responses]
+
+
+def sft(folder, **numbers):
+    """Batches of 3 and 2, and of 1 in the share of a process."""
+    config = rf.SFTConfig(epochs=2, batch_size=3, micro_batch_size=1, eval_every=1, **NUMBERS | numbers)
+    return rf.SFTTrainer(
+        tiny_llama(), data=DEMOS, eval_data=DEMOS[:3], output_dir=folder, config=config, tokenizer=TOKENIZER
+    )
+
+
+def sft_packed(folder):
+    return sft(folder, packing=True, max_length=16)
+
+
+def reward(folder, records=PAIRS, **numbers):
+    """The last batch is one record: of two processes one has nothing to do."""
+    numbers = {"center_coef": 0.1} if records is PAIRS else numbers
+    config = rf.RewardConfig(epochs=2, batch_size=5, eval_every=1, **NUMBERS, **numbers)
+    return rf.RewardTrainer(
+        tiny_llama(), data=records, eval_data=records[:3], output_dir=folder, config=config, tokenizer=TOKENIZER
+    )
+
+
+def reward_rankings(folder):
+    return reward(folder, RANKED, ranking="plackett_luce", micro_batch_size=1)
+
+
+def reward_steps(folder):
+    """One by one: AdamW makes a step of the rounding of gradients near 1e-8, which the padding of others changes."""
+    return reward(folder, STEPS, normalise=True, micro_batch_size=1)
+
+
+def online(kind, folder, said=length, **numbers):
+    policy = tiny_llama()
+    if said is not dense:
+        policy.generation_config.eos_token_id = [*range(1, 100)]  # responses of 1 to 6 tokens
+    trainer, config = (rf.PPOTrainer, rf.PPOConfig) if kind == "ppo" else (rf.GRPOTrainer, rf.GRPOConfig)
+    return trainer(
+        policy, reward=said, prompts=PROMPTS, output_dir=folder, config=config(**ONLINE | numbers),
+        tokenizer=TOKENIZER,
+    )  # fmt: skip
+
+
+def ppo(folder):
+    return online(
+        "ppo", folder, batch_size=4, micro_batch_size=1, kl_target=0.1, kl_horizon=20.0, scale_scores="norm",
+        whiten_rewards=True, critic_warmup_steps=1, sample_every=1, kl="exact", entropy_coef=0.01,
+    )  # fmt: skip
+
+
+def ppo_dense(folder):
+    numbers = {"batch_size": 5, "stop_kl": 1e-4, "share": "hydra:1", "old_logprobs": "sampler", "packing": True}
+    return online("ppo", folder, dense, **numbers)
+
+
+def grpo(folder):
+    return online("grpo", folder, batch_size=3, group_size=3, kl_coef=0.1, resample=1, scale_scores="std")
+
+
+def grpo_tokens(folder):
+    return online("grpo", folder, batch_size=2, group_size=3, advantage="reinforce_pp", kl_coef=0.1, share="lora")
+
+
+COMPARED = {
+    f.__name__: f for f in (sft, sft_packed, reward, reward_rankings, reward_steps, ppo, ppo_dense, grpo, grpo_tokens)
+}
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    names = ("model", "policy", "critic")
+    return {
+        f"{name}.{key}": value
+        for name in names
+        if hasattr(trainer, name)
+        for key, value in models.unwrap(getattr(trainer, name)).state_dict().items()
+    }
+
+
+def stopped_and_resumed(root: Path) -> None:
+    """SIGTERM reaches the last process alone, in its third step of four; then a new start."""
+    numbers = {"batch_size": 4, "save_every": 0}
+    whole = online("ppo", root / "whole", noisy, **numbers)
+    seed()
+    whole.train()
+    trainer = online("ppo", root / "stopped", noisy, **numbers)
+    step = trainer.step
+
+    def signalled(batch):
+        if trainer.done == 2 and processes.rank() == processes.count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch)
+
+    trainer.step = signalled
+    seed()
+    try:
+        trainer.train()
+    except SystemExit as stop:
+        report(root, "stopped", [stop.code, trainer.done])
+    resumed = online("ppo", root / "stopped", noisy, **numbers)
+    random.seed(99)
+    resumed.train(resume=True)
+    same = all(torch.equal(a, b) for a, b in zip(state_of(whole).values(), state_of(resumed).values(), strict=True))
+    report(root, "resumed", [same, resumed.done])
+
+
+def seed():
+    for each in (random.seed, np.random.seed, torch.manual_seed):
+        each(processes.rank())
+
+
+def failing(root: Path) -> None:
+    """The reward raises in the second process alone: both say so; then the second dies and the first must notice."""
+
+    def picky(prompts, responses):
+        if processes.rank():
+            raise OSError("no connection")
+        return length(prompts, responses)
+
+    try:
+        online("ppo", root / "failing", picky, batch_size=4).train()
+    except ValueError as error:
+        report(root, "failing", [type(error).__name__, str(error)])
+    skipping = online("ppo", root / "skipping", picky, batch_size=4, skip_failed_rewards=True)
+    report(root, "skipping", skipping.train())
+    differing = tiny_llama(seed=processes.rank())
+    first = rf.SFTTrainer(differing, data=DEMOS, config=rf.SFTConfig(**NUMBERS), tokenizer=TOKENIZER).model
+    report(root, "same weights", float(sum(p.detach().double().sum() for p in first.parameters())))
+    dying = sft(root / "dying")
+    step = dying.step
+    dying.step = lambda batch: os._exit(3) if dying.done == 2 and processes.rank() else step(batch)
+    try:
+        dying.train()
+    except Exception as error:
+        report(root, "dying", [type(error).__name__, dying.done])
+
+
+def report(root: Path, name: str, what) -> None:
+    (root / f"{name}.{processes.rank()}.json").write_text(json.dumps(what))
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    root.mkdir(exist_ok=True)
+    for name, make in COMPARED.items():
+        trainer = make(root / name)
+        torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
+        last = trainer.train()
+        torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
+        report(root, f"{name}.last", last)
+    if processes.count() > 1:
+        stopped_and_resumed(root)
+        failing(root)
+        os._exit(0)  # the other one is dead: there is nobody to say goodbye to
