@@ -24,6 +24,12 @@ def _weight(shift):
 
 
 @triton.jit
+def _gap(shift, ref_shift):
+    """By how much a cross term moves; nothing where the policy's share of it is lifted to 0, which may be infinite."""
+    return tl.where(shift < rows.LOWEST, 0.0, shift - ref_shift)
+
+
+@triton.jit
 def _put(kl_ptr, logprobs_ptr, ref_logprobs_ptr, entropy_ptr, lse_ptr, ref_lse_ptr, row, kl, logprob, ref_logprob,
            entropy, lse, ref_lse, CHOSEN: tl.constexpr):  # fmt: skip
     """Store the results of a row."""
@@ -72,8 +78,7 @@ def kl_kernel(
         e, d = tl.exp(d), tl.maximum(d, rows.LOWEST)
         # Where only the reference excludes a token this is infinite, however small e.
         terms = tl.where(z == float("-inf"), 0.0, tl.where(w == float("-inf"), float("inf"), e * (d - ref_d)))
-        gap = tl.where(shift < rows.LOWEST, 0.0, shift - ref_shift)
-        cross = tl.fma(tl.fma(total, gap, cross), weight, rows.sum_of(terms))
+        cross = tl.fma(tl.fma(total, _gap(shift, ref_shift), cross), weight, rows.sum_of(terms))
         dot = tl.fma(tl.fma(total, tl.maximum(shift, rows.LOWEST), dot), weight, rows.sum_of(e * d))
         total = tl.fma(total, weight, rows.sum_of(e))
         ref_total = tl.fma(ref_total, tl.exp(ref_shift), rows.sum_of(tl.exp(ref_d)))
@@ -81,8 +86,7 @@ def kl_kernel(
     base, shift = rows.merged(top)
     ref_base, ref_shift = rows.merged(ref_top)
     weight = _weight(shift)
-    gap = tl.where(shift < rows.LOWEST, 0.0, shift - ref_shift)
-    cross = rows.tree_sum((cross + total * gap) * weight)
+    cross = rows.tree_sum((cross + total * _gap(shift, ref_shift)) * weight)
     dot = rows.tree_sum((dot + total * tl.maximum(shift, rows.LOWEST)) * weight)
     total = rows.tree_sum(total * weight)
     ref_total = rows.tree_sum(ref_total * tl.exp(ref_shift))
