@@ -70,11 +70,12 @@ def test_inputs_take_turns():
 
 
 def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path, capsys):
-    row = {"case": "64x1024", "us": 10.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 2.5, "peak MiB": None}
+    row = {"case": "64x1024", "us": 10.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 4.5, "peak MiB": None}
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record, "devices", lambda: ["cpu"])
     monkeypatch.setattr(record, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(record, "measure", lambda case, device, notes: row | {"ratios": {"verl's formula": 301.0}})
+    ratios = {"cpp": 0.6, "verl's formula": 301.0}
+    monkeypatch.setattr(record, "measure", lambda case, device, notes: row | {"ratios": ratios})
 
     def cases(device, notes):
         notes["Somebody"] = "needs a GPU"
@@ -87,11 +88,12 @@ def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path, capsys):
     assert written["notes"] == {"Somebody": "needs a GPU", record.REST: "interrupted"}
     assert [(g["what"], g["met"]) for g in written["goals"]] == [
         ("64x1024, verl's time over ours", True),
-        ("64x1024, ours over a copy of the bytes", True),
+        ("64x1024, the kernel over a copy of the bytes", True),
     ]
     printed = capsys.readouterr().out
     assert "the remark\n" in printed
     assert "left out: Somebody: needs a GPU\n" in printed
+    assert "C3 64x1024, the kernel over a copy of the bytes: 2.7 (goal ≤ 3) ✓\n" in printed
     assert "C3 64x1024, verl's time over ours: 301 (goal ≥ 300) ✓\n" in printed
 
 
