@@ -26,7 +26,7 @@ lint: $(VENV)/ready
 	git ls-files '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/ready
-	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+	$(BIN)/rlhf-fast bench --out benchmarks/results
 
 wheel: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
