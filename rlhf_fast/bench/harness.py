@@ -69,6 +69,10 @@ def sets(make: Callable[[], tuple], device: str, *, at_least: int = 1) -> list[t
     return found
 
 
+#: Rounds of interleave(), however slow the candidates: of three one odd one out is too many for a median.
+LEAST = 7
+
+
 def interleave(
     candidates: dict[str, Callable], *, device: str = "cpu", seconds: float | None = None
 ) -> dict[str, float]:
@@ -83,7 +87,7 @@ def interleave(
     """
     if seconds is None:
         seconds = 1.0 if device == "cpu" else 0.15
-    repeats, rounds = {}, 3
+    repeats, rounds = {}, LEAST
     for name, call in candidates.items():
         call()
         synchronize(device)
@@ -99,7 +103,7 @@ def interleave(
     names = list(candidates)
     began = time.perf_counter()
     for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() - began > seconds * len(names):
+        if turn >= LEAST and time.perf_counter() - began > seconds * len(names):
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if device == "cpu" and repeats[name] == 1:
