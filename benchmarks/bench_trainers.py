@@ -115,6 +115,7 @@ def main() -> int:
 
         torch.set_num_threads(args.threads or torch.get_num_threads())
         args.algorithm = args.algorithm[0]
+        args.epochs = args.epochs if args.algorithm == "ppo" else 1  # as the TRL side takes it
         (ours if args.side == "ours" else theirs)(args, Turns())
         return 0
     for package in ("trl", "rlhf-fast"):
