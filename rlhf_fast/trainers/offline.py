@@ -47,8 +47,8 @@ def answered(sequence: list[int], prompt_length: int) -> list[bool]:
 def logits(model: nn.Module, answers: Answers, precision: str) -> Tensor:
     """``[N, T, V]``, at each token of the answers the logits that predict it."""
     with learning.autocast(answers.ids.device, precision):
-        found = models.token_logits(model, answers.ids, answers.attention, keep=answers.mask.shape[1] + 1)
-    return found[:, :-1]
+        keep = answers.mask.shape[1] + 1
+        return models.token_logits(model, answers.ids, answers.attention, keep=keep, final=False)
 
 
 def logprobs(model: nn.Module, answers: Answers, precision: str) -> Tensor:

@@ -262,8 +262,9 @@ def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tenso
         if config.packing:
             spots = _spots(model, rollout)
             return packing.packed_logits(model, spots.packed), spots.targets, spots.packed.mask, spots.spread
-        logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-    return logits[:, :-1], rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
+        keep = rollout.mask.shape[1] + 1
+        logits = models.token_logits(model, rollout.ids, rollout.attention, keep=keep, final=False)
+    return logits, rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
 
 
 def _spots(model: nn.Module, rollout: Rollout) -> packing.Spots:
