@@ -100,7 +100,7 @@ class DistillTrainer:
         check_folder(output_dir, run=True)
         if (data is None) == (prompts is None):
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, DistillConfig)
         self.device, self.output_dir, self.own = self.accelerator.device, output_dir, data is None
         records = read_records(prompts if self.own else data)

@@ -83,7 +83,7 @@ class DPOTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, DPOConfig)
         self.device, self.output_dir = self.accelerator.device, output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)

@@ -101,7 +101,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:

@@ -73,7 +73,7 @@ class RRHFTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         self.config, self.output_dir = chosen(config, RRHFConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
