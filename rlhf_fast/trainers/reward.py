@@ -254,7 +254,8 @@ class RewardTrainer:
         The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
         transformers' own forward does not: there the scores differ from ours by this constant.
         """
-        if self.done == self.steps and self.kind != "process":  # of whose scores the lowest counts
+        if self.done == self.steps:
             answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
-            note_range(self.model, answers, self.tokenizer.pad_token_id)
+            ends = [places for example in self.examples[:512] for places in preferences.ends(example)]
+            note_range(self.model, answers, ends, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)
