@@ -128,7 +128,7 @@ class SFTTrainer:
         packed = packing.pack(pieces, self.tokenizer.pad_token_id, device, flat=flat)
         with learning.autocast(device, self.config.precision):
             logits = packing.packed_logits(self.model, packed)
-        return -ops.logprobs(logits[:, :-1], packed.ids[:, 1:], mask=packed.mask[:, 1:]).logprobs.sum()
+        return -ops.logprobs(logits, packed.targets).logprobs.sum()
 
     def loss(self, batch: list[data.Example]) -> Tensor:
         """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
