@@ -132,13 +132,9 @@ class SFTTrainer:
 
     def loss(self, batch: list[data.Example]) -> Tensor:
         """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
-        device = self.accelerator.device
-        ids, there = data.pad([example.ids for example in batch], self.tokenizer.pad_token_id)
-        counts, _ = data.pad([example.mask for example in batch], False)
-        ids, there, counts = ids.to(device), there.to(device), counts.to(device, torch.bool)
-        with learning.autocast(device, self.config.precision):
-            logits = models.token_logits(self.model, ids, there)
-        return -ops.logprobs(logits[:, :-1], ids[:, 1:], mask=counts[:, 1:]).logprobs.sum()
+        sequences, masks = [example.ids for example in batch], [example.mask for example in batch]
+        answers = offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
+        return -offline.logprobs(self.model, answers, self.config.precision).sum()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
