@@ -18,7 +18,7 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import distill_loss, group_advantages, whiten
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
-from rlhf_fast.rewards import RewardError, load_reward
+from rlhf_fast.rewards import RewardError, load_reward, token_readers
 from rlhf_fast.trainers import learning, offline, online, processes, scoring
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -110,8 +110,11 @@ class DistillTrainer:
         both = (student, self.teacher)
         lengths = [n for m in both if (n := models.allowed_length(m, c.max_length))]
         self.max_length = min(lengths, default=None)
+        self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
         if self.own:
-            self.examples: list[Any] = online.tokenise(records, self.tokenizer, dict.fromkeys(both, 0), c)
+            # A reward model that reads the student's tokens reads an end token after every response, too.
+            readers = dict.fromkeys(both, 0) | dict.fromkeys(token_readers(self.reward), 1)
+            self.examples: list[Any] = online.tokenise(records, self.tokenizer, readers, c)
         else:
             self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
@@ -119,7 +122,6 @@ class DistillTrainer:
         for each in both:
             models.check_tokens(each, self.tokenizer, (example.ids for example in given))
         check_vocabulary(student, self.teacher, teacher, self.tokenizer)
-        self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
         self.model = learning.trainable(student, self.device, c)
         self.teacher = models.frozen_copy(self.teacher).to(self.device)

@@ -131,6 +131,15 @@ def test_an_ensemble_says_how_much_it_disagrees():
     assert own.step(own.examples[:3])["uncertainty"] == pytest.approx(0.5**0.5)
 
 
+def test_the_reward_model_leaves_room_for_an_end_token():
+    reward = rf.models.load_scalar_model(tiny_gpt2(n_positions=12))
+    own = {"reward": reward, "max_new_tokens": 6, "batch_size": 1}
+    stats = (trainer := build(prompts=[{"prompt": " the" * 5}], **own)).step(trainer.examples)
+    assert {"scores", "divergence"} < set(stats)
+    with pytest.raises(ValueError, match="record 1: the prompt is 6 tokens long, and 5 fit"):
+        build(prompts=[{"prompt": " the" * 6}], **own)
+
+
 def test_equal_scores_and_one_response_are_no_advantage():
     plain = step_of(*(lambda t: (t, t.examples))(build()))[1]
     for score in (0.1, -3e7):
