@@ -19,6 +19,7 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import distill_loss, group_advantages
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
+from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, ask, check_scores, load_reward
 from rlhf_fast.trainers import checkpoint, learning, offline, online
 from rlhf_fast.trainers.drive import drive
@@ -145,6 +146,7 @@ class DistillTrainer:
             return online.batches(self.examples, c, self.done)
         return itertools.islice(epochs(self.examples, c.batch_size, c.epochs, c.seed), self.done, None)
 
+    @exact_products()
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean over the response tokens of ``batch``; returns its statistics."""
         c = self.config

@@ -14,6 +14,7 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.losses.preference import DPO_KINDS
+from rlhf_fast.products import exact_products
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
 from rlhf_fast.trainers import checkpoint, learning, offline
 from rlhf_fast.trainers.drive import drive
@@ -140,6 +141,7 @@ class DPOTrainer:
         every = epochs(self.pairs, self.config.batch_size, self.config.epochs, self.config.seed)
         return itertools.islice(every, self.done, None)
 
+    @exact_products()
     def step(self, batch: list[data.Pair]) -> dict[str, float]:
         """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
         c, size = self.config, self.config.micro_batch_size or len(batch)

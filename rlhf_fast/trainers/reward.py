@@ -19,6 +19,7 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
 from rlhf_fast.losses.reward import RANKINGS
 from rlhf_fast.preferences import Judged
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.margins import histogram, merged, seen, statistics
@@ -150,6 +151,7 @@ class RewardTrainer:
         every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
         return itertools.islice(every, self.done, None)
 
+    @exact_products()
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
         c = self.config

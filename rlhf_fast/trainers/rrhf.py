@@ -14,6 +14,7 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import checkpoint, learning, offline
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -107,6 +108,7 @@ class RRHFTrainer:
         every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
         return itertools.islice(every, self.done, None)
 
+    @exact_products()
     def step(self, batch: list[data.Ranked]) -> dict[str, float]:
         """One optimizer step on the mean loss of the prompts of ``batch``; returns its statistics."""
         c = self.config

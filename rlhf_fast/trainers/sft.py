@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import checkpoint, learning, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -105,6 +106,7 @@ class SFTTrainer:
         every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
         return itertools.islice(every, self.done, None)
 
+    @exact_products()
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
         c, mine = self.config, processes.share(batch)
