@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dispatch
+from rlhf_fast.attention import can_use_rows, layout, use_rows, uses_rows
 from rlhf_fast.data import pad
 from rlhf_fast.models import accepts, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
+
+#: A single row has a multiple of so many tokens: oneDNN and compilers prepare a product for each new shape.
+ROUND = 64
 
 
 class Packed(NamedTuple):
@@ -56,12 +60,14 @@ class Spots(NamedTuple):
     """Packed sequences of prompt and response, and where the response tokens are predicted."""
 
     packed: Packed  # its mask is True on the tokens whose next one is a response token
-    targets: Tensor  # [R, L], int64, the next token
-    at: Tensor  # [B, T], int64, where in R * L each response token is predicted; 0 where masked
+    keep: Tensor | None  # [K], int64, of a single row the tokens that predict; None where all L of each row stay
+    targets: Tensor  # [R, L], or [1, K], int64, the next token
+    counts: Tensor  # of the same shape, bool, True where that is a response token
+    at: Tensor  # [B, T], int64, where in R * L, or K, each response token is predicted; 0 where masked
     mask: Tensor  # [B, T], bool
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[R, L]`` values of the predictions as ``[B, T]``, 0 where masked."""
+        """``[R, L]``, or ``[1, K]``, values of the predictions as ``[B, T]``, 0 where masked."""
         return torch.where(self.mask, values.flatten()[self.at], 0)
 
 
@@ -75,16 +81,17 @@ def spots(
 ) -> Spots:
     """The sequences of ``ids``, prompts padded to the left and responses to the right, without that padding.
 
-    They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one. Only lengths that the
-    CPU knows are looked at, so that nothing waits for the device.
+    They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one, which is filled up to a
+    multiple of ``ROUND``. Only lengths that the CPU knows are looked at, so that nothing waits for the device.
     """
     width, before = ids.shape[1], ids.shape[1] - mask.shape[1]
     whole, prompts, answers = (x.tolist() for x in (prompt_lengths + lengths, prompt_lengths, lengths))
-    room = sum(whole) if flat else max(whole)
+    longest = max(whole)
+    room = _rounded(sum(whole)) if flat else longest
     rows = first_fit(whole, room)
     source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
-    positions, predicts = torch.zeros_like(source), torch.zeros_like(source, dtype=torch.bool)
-    at = torch.zeros(mask.shape, dtype=torch.long)
+    positions = (torch.arange(room) % longest).expand(len(rows), room).clone() if flat else torch.zeros_like(source)
+    predicts, at = torch.zeros_like(source, dtype=torch.bool), torch.zeros(mask.shape, dtype=torch.long)
     for r, row in enumerate(rows):
         start = 0
         for i in row:
@@ -94,9 +101,30 @@ def spots(
             predicts[r, first : first + answers[i]] = True
             at[i, : answers[i]] = torch.arange(r * room + first, r * room + first + answers[i])
             start = end
-    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, predicts, at)]
-    packed = Packed(ids.flatten()[moved[0]], moved[1], moved[2])
-    return Spots(packed, packed.ids.roll(-1, 1), moved[3], mask)
+        if flat:
+            positions[r, start:] = torch.arange(room - start) % longest
+    keep, counts = _kept(predicts) if flat else (None, predicts)
+    at = at if keep is None else torch.where(mask.cpu(), predicts.flatten().cumsum(0)[at] - 1, 0)
+    moved = [None if x is None else x.to(ids.device, non_blocking=True)
+             for x in (source, positions, predicts, keep, counts, at)]  # fmt: skip
+    source, positions, predicts, keep, counts, at = moved
+    packed = Packed(ids.flatten()[source], positions, predicts)
+    targets = packed.ids.roll(-1, 1)
+    return Spots(packed, keep, targets if keep is None else targets[:, keep], counts, at, mask)
+
+
+def _rounded(count: int) -> int:
+    return max(1, -(-count // ROUND)) * ROUND
+
+
+def _kept(
+    predicts: Tensor,  # [1, L], bool
+) -> tuple[Tensor, Tensor]:
+    """Where ``predicts`` is True, up to a multiple of ``ROUND`` places, and ``[1, K]`` which of these it is."""
+    found = predicts[0].nonzero().flatten()
+    keep = torch.zeros(_rounded(len(found)), dtype=torch.long)
+    keep[: len(found)] = found
+    return keep, (torch.arange(len(keep)) < len(found))[None]
 
 
 def packed_values(model: Any, packed: Packed) -> Tensor:
@@ -107,34 +135,50 @@ def packed_values(model: Any, packed: Packed) -> Tensor:
 def _packed_hidden(model: Any, packed: Packed) -> Tensor:
     with silent():
         output = unwrap(model).base_model(
-            input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True
+            input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
-def packed_logits(model: Any, packed: Packed) -> Tensor:
-    """``[R, L, V]`` logits; those at a token are of the next one.
+def packed_logits(
+    model: Any,
+    packed: Packed,
+    keep: Tensor | None = None,  # [K], int64
+) -> Tensor:
+    """``[R, L, V]`` logits, or those of the tokens ``keep`` alone; those at a token are of the next one.
 
     Where no mask is given transformers tells the sequences from the positions: by a block-diagonal mask, or by
     flash-attn's kernels for sequences of different lengths.
     """
     with silent():  # it warns of padding without a mask, which no sequence sees
-        output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+        few = {"logits_to_keep": keep} if keep is not None and "logits_to_keep" in accepts(model) else {}
+        output = model(input_ids=packed.ids, **_places(model, packed), **few, use_cache=False, return_dict=True)
     logits: Tensor = output.logits
-    return logits
+    return logits if keep is None or few else logits[:, keep]
+
+
+def _places(model: Any, packed: Packed) -> dict[str, Tensor]:
+    """What tells ``model`` the sequences apart."""
+    places = {"position_ids": packed.positions}
+    return places | {"attention_mask": layout(packed.positions)} if uses_rows(model) else places
 
 
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
-    """Let ``model`` attend by flash-attn where that is installed and can: on a GPU, in bfloat16."""
+    """Let ``model`` read a single row: by flash-attn where that is installed and can, on a GPU in bfloat16.
+
+    On the CPU its attention alone gets padded sequences (``attention.use_rows``).
+    """
     able = getattr(unwrap(model), "_supports_flash_attn", False)
     if able and device.type == "cuda" and precision == "bf16" and dispatch.find_spec("flash_attn") is not None:
         unwrap(model).set_attn_implementation("flash_attention_2")
+    elif device.type == "cpu" and can_use_rows(model):
+        use_rows(model)
 
 
 def uses_varlen(model: Any) -> bool:
-    """Whether ``model`` attends by flash-attn, which reads sequences of any length from a single row."""
-    return "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
+    """Whether ``model`` reads sequences of any length from a single row."""
+    return uses_rows(model) or "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
 
 
 @torch.no_grad()
@@ -143,11 +187,11 @@ def check_packing(model: Any) -> None:
     name = type(unwrap(model)).__name__
     if "position_ids" not in accepts(model):
         raise ValueError(f"{name} takes no position_ids, so that its sequences cannot be packed")
-    device, flat = next(model.parameters()).device, uses_varlen(model)
+    device, flash = next(model.parameters()).device, uses_varlen(model) and not uses_rows(model)
     sequences = [([1, 2, 3], [True] * 3), ([2, 1, 3, 1], [True] * 4)]
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flash):
         beside = _packed_hidden(model, pack([sequences], 0, device))[0, 3:].float()
         alone = _packed_hidden(model, pack([sequences[1:]], 0, device))[0].float()
-    allowed = (3e-2 if flat else 1e-3) * alone.abs().max()
+    allowed = (3e-2 if flash else 1e-3) * alone.abs().max()
     if (alone - beside).abs().max() > allowed:
         raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")

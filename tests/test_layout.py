@@ -32,6 +32,7 @@ LAYERS = (
         "generators",
         "beams",
         "candidates",
+        "attention",
         "packing",
         "rollout",
         "shaping",

@@ -144,7 +144,8 @@ def values(critic: nn.Module, rollout: Rollout, config: Any) -> Tensor:
     with learning.autocast(rollout.mask.device, config.precision):
         if config.packing:
             spots = _spots(critic, rollout)
-            return spots.spread(packing.packed_values(critic, spots.packed))
+            found = packing.packed_values(critic, spots.packed)
+            return spots.spread(found if spots.keep is None else found[:, spots.keep])
         found = models.token_values(critic, rollout.ids, rollout.attention)
     return torch.where(rollout.mask, found[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
 
@@ -261,7 +262,7 @@ def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tenso
     with learning.autocast(rollout.mask.device, config.precision):
         if config.packing:
             spots = _spots(model, rollout)
-            return packing.packed_logits(model, spots.packed), spots.targets, spots.packed.mask, spots.spread
+            return packing.packed_logits(model, spots.packed, spots.keep), spots.targets, spots.counts, spots.spread
         logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
     return logits[:, :-1], rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
 

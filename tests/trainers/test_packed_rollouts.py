@@ -75,14 +75,22 @@ def test_where_the_tokens_go_by_hand(flat):
         assert got.packed.ids[r, : len(row)].tolist() == row
         assert got.packed.positions[r, : len(row)].tolist() == place
     numbers = torch.arange(got.targets.numel()).view(got.targets.shape)
-    predicted = [
-        [numbers[got.packed.ids == 2].item(), 0],
-        [0, 0],
-        [numbers[got.packed.ids == t].item() for t in (7, 8)],
-    ]
+    if flat:  # of the one row only the tokens that predict are kept, in their order: 7, 8 and 2
+        assert got.packed.ids[:, got.keep][got.counts].tolist() == [7, 8, 2]
+        assert (got.packed.ids.shape, got.keep.shape) == ((1, 64), (64,))
+        predicted = [[2, 0], [0, 0], [0, 1]]
+    else:
+        places = [numbers[got.packed.ids == t].item() for t in (2, 7, 8)]
+        predicted = [[places[0], 0], [0, 0], places[1:]]
     assert got.spread(numbers).tolist() == predicted
     assert got.targets.flatten()[[predicted[0][0], *predicted[2]]].tolist() == [3, 8, 9]
     assert got.packed.mask.sum() == 3
+
+
+def test_a_row_without_any_response_predicts_nothing():
+    got = spots(torch.tensor([[1, 2, 9]]), torch.tensor([[False]]), torch.tensor([2]), torch.tensor([0]), flat=True)
+    assert not got.counts.any()
+    assert got.spread(torch.ones(got.targets.shape)).tolist() == [[0]]
 
 
 def test_a_model_whose_sequences_see_each_other_is_refused(monkeypatch):
