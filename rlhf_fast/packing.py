@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dispatch
-from rlhf_fast.attention import can_use_rows, layout, use_rows, uses_rows
+from rlhf_fast.attention import layout, uses_rows
 from rlhf_fast.data import pad
 from rlhf_fast.models import accepts, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
@@ -165,15 +165,10 @@ def _places(model: Any, packed: Packed) -> dict[str, Tensor]:
 
 
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
-    """Let ``model`` read a single row: by flash-attn where that is installed and can, on a GPU in bfloat16.
-
-    On the CPU its attention alone gets padded sequences (``attention.use_rows``).
-    """
+    """Let ``model`` attend by flash-attn where that is installed and can: on a GPU, in bfloat16."""
     able = getattr(unwrap(model), "_supports_flash_attn", False)
     if able and device.type == "cuda" and precision == "bf16" and dispatch.find_spec("flash_attn") is not None:
         unwrap(model).set_attn_implementation("flash_attention_2")
-    elif device.type == "cpu" and can_use_rows(model):
-        use_rows(model)
 
 
 def uses_varlen(model: Any) -> bool:
