@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import dispatch
+from rlhf_fast.attention import layout, uses_rows
 from rlhf_fast.data import pad
 from rlhf_fast.models import accepts, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
 
+#: A single row has a multiple of so many tokens: oneDNN and compilers prepare a product for each new shape.
+ROUND = 64
+
 
 class Packed(NamedTuple):
-    """``R`` rows of sequences that stand one after the other, and the ``N`` tokens that count in them."""
+    """``R`` rows of sequences that stand one after the other, and the ``N`` tokens that count in them.
+
+    Of a single row N is rounded up to a multiple of ``ROUND``, by tokens that nobody reads.
+    """
 
     ids: Tensor  # [R, L], int64
     positions: Tensor  # [R, L], int64, 0 where a sequence begins, and on padding
@@ -77,12 +84,13 @@ def spots(
 ) -> Spots:
     """The sequences of ``ids``, prompts padded to the left and responses to the right, without that padding.
 
-    They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one. Only lengths that the
-    CPU knows are looked at, so that nothing waits for the device.
+    They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one, which is filled up to a
+    multiple of ``ROUND``. Only lengths that the CPU knows are looked at, so that nothing waits for the device.
     """
     width, before = ids.shape[1], ids.shape[1] - mask.shape[1]
     whole, prompts, answers = (x.tolist() for x in (prompt_lengths + lengths, prompt_lengths, lengths))
-    room = sum(whole) if flat else max(whole)
+    longest = max(whole)
+    room = _rounded(sum(whole)) if flat else longest
     rows = first_fit(whole, room)
     source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
     positions, place = torch.zeros_like(source), torch.zeros(mask.shape, dtype=torch.long)
@@ -96,11 +104,17 @@ def spots(
             place[i, : answers[i]] = torch.arange(len(at), len(at) + answers[i])
             at += range(r * room + first, r * room + first + answers[i])
             start = end
-    places = torch.tensor(at or [0])  # one there must be, for the masked ones to point to
-    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, places, place)]
+        if flat:  # what is left of the one row is filled with sequences no longer than the others
+            positions[r, start:] = torch.arange(room - start) % longest
+    at += [0] * (_rounded(len(at)) - len(at) if flat else not at)  # at least one, for the masked ones to point to
+    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, torch.tensor(at), place)]
     rows_of_ids = ids.flatten()[moved[0]]
     packed = Packed(rows_of_ids, moved[1], moved[2], rows_of_ids.flatten()[moved[2] + 1])
     return Spots(packed, moved[3], mask)
+
+
+def _rounded(count: int) -> int:
+    return max(1, -(-count // ROUND)) * ROUND
 
 
 def packed_values(model: Any, packed: Packed) -> Tensor:
@@ -111,7 +125,7 @@ def packed_values(model: Any, packed: Packed) -> Tensor:
 def _packed_hidden(model: Any, packed: Packed) -> Tensor:
     with silent():
         output = unwrap(model).base_model(
-            input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True
+            input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True
         )
     hidden: Tensor = output.last_hidden_state
     return hidden
@@ -128,7 +142,7 @@ def packed_logits(model: Any, packed: Packed) -> Tensor:
     hook = head.register_forward_pre_hook(lambda _, hidden: (_predicting(hidden[0], packed)[None],))
     try:
         with silent():  # it warns of padding without a mask, which no sequence sees
-            output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+            output = model(input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True)
     finally:
         hook.remove()
     logits: Tensor = output.logits
@@ -140,6 +154,12 @@ def _predicting(hidden: Tensor, packed: Packed) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, packed.at)
 
 
+def _places(model: Any, packed: Packed) -> dict[str, Tensor]:
+    """What tells ``model`` the sequences apart."""
+    places = {"position_ids": packed.positions}
+    return places | {"attention_mask": layout(packed.positions)} if uses_rows(model) else places
+
+
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
     """Let ``model`` attend by flash-attn where that is installed and can: on a GPU, in bfloat16."""
     able = getattr(unwrap(model), "_supports_flash_attn", False)
@@ -148,8 +168,8 @@ def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
 
 
 def uses_varlen(model: Any) -> bool:
-    """Whether ``model`` attends by flash-attn, which reads sequences of any length from a single row."""
-    return "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
+    """Whether ``model`` reads sequences of any length from a single row."""
+    return uses_rows(model) or "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
 
 
 @torch.no_grad()
@@ -158,11 +178,11 @@ def check_packing(model: Any) -> None:
     name = type(unwrap(model)).__name__
     if "position_ids" not in accepts(model):
         raise ValueError(f"{name} takes no position_ids, so that its sequences cannot be packed")
-    device, flat = next(model.parameters()).device, uses_varlen(model)
+    device, flash = next(model.parameters()).device, uses_varlen(model) and not uses_rows(model)
     sequences = [([1, 2, 3], [True] * 3), ([2, 1, 3, 1], [True] * 4)]
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flat):
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flash):
         beside = _packed_hidden(model, pack([sequences], 0, device))[0, 3:].float()
         alone = _packed_hidden(model, pack([sequences[1:]], 0, device))[0].float()
-    allowed = (3e-2 if flat else 1e-3) * alone.abs().max()
+    allowed = (3e-2 if flash else 1e-3) * alone.abs().max()
     if (alone - beside).abs().max() > allowed:
         raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")

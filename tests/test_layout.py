@@ -17,7 +17,7 @@ OPS = {name for name in IMPLEMENTATIONS if not name.endswith("_backward")}
 # Each module may import those to its left and its own neighbours in the same group.
 LAYERS = (
     {"triton_kernels"},
-    {"dispatch"},
+    {"dispatch", "products"},
     {"ops"},
     {"losses"},
     {
@@ -32,6 +32,7 @@ LAYERS = (
         "generators",
         "beams",
         "candidates",
+        "attention",
         "packing",
         "rollout",
         "shaping",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama
 
 from rlhf_fast import dispatch
+from rlhf_fast.attention import can_use_rows, use_rows
 from rlhf_fast.models import token_logits
 from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, uses_varlen
 
@@ -93,3 +94,33 @@ def test_flash_attn_is_asked_for_where_it_can_run(monkeypatch, device, precision
     assert not uses_varlen(model)
     model.config._attn_implementation = "flash_attention_2"
     assert uses_varlen(model)
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_a_row_whose_attention_is_padded_gives_the_logits_and_gradients_of_each_sequence_alone(make):
+    model, other = make().double().eval(), make().double().eval()
+    other.load_state_dict(model.state_dict())
+    assert can_use_rows(model)
+    use_rows(model)
+    packed = pack([SEQUENCES], 0, CPU, flat=True)
+    logits = packed_logits(model, packed._replace(at=torch.arange(packed.ids.shape[1])))
+    alone = [token_logits(other, torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0] for ids, _ in SEQUENCES]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-10)
+    logits.log_softmax(-1).square().sum().backward()
+    torch.cat(alone).log_softmax(-1).square().sum().backward()
+    for (name, found), expected in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_with_an_ordinary_mask_a_prepared_model_attends_as_before():
+    model, ids, mask = tiny_llama().double().eval(), torch.tensor([[0, 0, 5, 9], [3, 4, 5, 6]]), torch.ones(2, 4).bool()
+    mask[0, :2] = False
+    before = token_logits(model, ids, mask)
+    use_rows(model)
+    assert torch.equal(token_logits(model, ids, mask), before)
+
+
+def test_a_window_of_attention_is_not_for_rows():
+    model = tiny_llama()
+    model.config.sliding_window = 4
+    assert not can_use_rows(model)

@@ -182,7 +182,7 @@ def optimise(config: DemoConfig, folder: Path) -> Path:
     numbers = PPOConfig(
         steps=config.ppo_steps, batch_size=config.ppo_batch_size, minibatch_size=config.ppo_minibatch_size,
         ppo_epochs=config.ppo_epochs, learning_rate=config.ppo_learning_rate, vf_coef=1.0,
-        critic_learning_rate=config.critic_learning_rate, cliprange_value=1.0, kl_coef=config.kl_coef,
+        critic_learning_rate=config.critic_learning_rate, cliprange_value=1.0, kl_coef=config.kl_coef, packing=True,
         max_new_tokens=config.max_new_tokens, seed=config.seed, save_every=0, quiet=config.quiet,
     )  # fmt: skip
     reward = str(folder / "reward")

@@ -18,6 +18,7 @@ from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
+from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, shape_rewards, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
@@ -158,6 +159,7 @@ class GRPOTrainer:
         """The batches of prompts that are left of ``steps``: one shuffled pass after the other."""
         return online.batches(self.prompts, self.config, self.done)
 
+    @exact_products()
     def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One step on groups of responses to the prompts of ``batch``; returns its statistics."""
         c = self.config

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models, ops, packing
+from rlhf_fast import attention, data, models, ops, packing
 from rlhf_fast.generate import stop_tokens, texts_of
 from rlhf_fast.generators import DecodeGenerator, Generator, check_written
 from rlhf_fast.rollout import Rollout
@@ -41,6 +41,8 @@ def prepare_packing(readers: list[nn.Module], device: torch.device, config: Any)
     """Where ``config.packing`` asks for it, see to it that the sequences of no reader see each other in a row."""
     for model in readers if config.packing else ():
         packing.prefer_varlen(model, device, config.precision)
+        if device.type == "cpu" and attention.can_use_rows(model):
+            attention.use_rows(model)
         packing.check_packing(model)
 
 

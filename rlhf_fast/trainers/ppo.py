@@ -16,6 +16,7 @@ from rlhf_fast import data, models, ops
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
+from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with_adapters
@@ -166,6 +167,7 @@ class PPOTrainer:
         """The batches of prompts that are left of ``steps``: one shuffled pass after the other."""
         return online.batches(self.prompts, self.config, self.done)
 
+    @exact_products()
     def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One PPO step on the prompts of ``batch``; returns its statistics."""
         c = self.config

@@ -18,6 +18,7 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
 from rlhf_fast.losses.reward import RANKINGS
 from rlhf_fast.preferences import Judged
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import checkpoint, learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.margins import histogram, merged, seen, statistics
@@ -148,6 +149,7 @@ class RewardTrainer:
         """The shuffled records of every epoch in batches; those that are left."""
         return offline.batches(self)
 
+    @exact_products()
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
         found = self.read(batch, learn=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -103,6 +104,7 @@ class SFTTrainer:
         """The shuffled examples of every epoch in batches; those that are left."""
         return offline.batches(self)
 
+    @exact_products()
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
         tokens = offline.count(batch)
