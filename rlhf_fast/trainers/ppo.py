@@ -123,15 +123,16 @@ class PPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator(parallel=True)
-        device = self.device = self.accelerator.device
+        self.output_dir, self.generator = output_dir, generator
+        self.accelerator = learning.accelerator(parallel=True, sharded=True)
+        device, self.device = learning.home(self.accelerator), self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept, shared_copy).to(device)
-        self.reward = load_reward(reward, self.tokenizer, device=device)
+        self.reward = load_reward(reward, self.tokenizer, device=self.device)
         scorers = token_readers(self.reward)
         scorer = scorers[0] if scorers and c.share == "none" else None  # what is shared are the policy's weights
         self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device, c)
@@ -144,6 +145,7 @@ class PPOTrainer:
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
+        learning.shard(self.accelerator, [self.policy, self.reference, self.critic])
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)
         self.kl_control = AdaptiveKL(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None

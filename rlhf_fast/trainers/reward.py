@@ -102,7 +102,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator(parallel=True, sharded=True)
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
@@ -120,10 +120,11 @@ class RewardTrainer:
         self.examples, self.eval_examples, self.calibration = (self._tokenise(some) for some in records)
         every = [*self.examples, *self.eval_examples, *self.calibration]
         models.check_tokens(scorer, self.tokenizer, (ids for e in every for ids in preferences.sequences(e)))
-        self.model = learning.trainable(scorer, self.accelerator.device, c)
+        self.model = learning.trainable(scorer, learning.home(self.accelerator), c)
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
         settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
+        learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
@@ -169,26 +170,21 @@ class RewardTrainer:
 
         With ``learn`` it leaves the gradient of that share in the weights.
         """
-        count = sum(map(preferences.terms, examples))
+        count, size = sum(map(preferences.terms, examples)), self.config.micro_batch_size or self.config.batch_size
 
         def part() -> dict[str, Tensor]:
             found = []
-            for judged in self.parts(processes.share(examples)):
+            for some, counts in processes.turns(examples, lambda mine: learning.split(mine, size)):
+                judged = preferences.collate(some, self.tokenizer.pad_token_id).to(self.accelerator.device)
                 scores = self.scores(judged)
                 loss = self.loss(judged, scores, count)
                 if learn:
-                    self.accelerator.backward(loss)
-                found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
+                    self.accelerator.backward(loss * counts)
+                if counts:
+                    found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
             return merged(found)
 
         return merged(processes.gathered(part))
-
-    def parts(self, examples: list[Any]) -> Iterator[Judged]:
-        """``examples`` in micro-batches, on the model's device."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(examples), size):
-            judged = preferences.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-            yield judged.to(self.accelerator.device)
 
     def scores(self, judged: Judged) -> Tensor:
         """``[B, K]`` scores, from one forward pass over all sequences."""
@@ -240,6 +236,8 @@ class RewardTrainer:
         every, last = self.config.eval_every, step == self.steps
         if last and self.config.normalise:
             self.normalise()
+        if last:
+            self._note_range()
         if not self.eval_examples or not (last or (every and step % every == 0)):
             return {}
         stats, margins = self._judge(self.eval_examples)
@@ -259,14 +257,18 @@ class RewardTrainer:
         numbers = checkpoint.load_state(folder, self.optimizer, [*self.examples, *self.calibration])
         self.done, self.updates = numbers["step"], numbers["updates"]
         models.unwrap(self.model).config.score_shift = numbers["score_shift"]
+        if self.done == self.steps:
+            self._note_range()
+
+    def _note_range(self) -> None:
+        if self.kind != "process":  # of whose scores the lowest counts
+            answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
+            note_range(self.model, answers, self.tokenizer.pad_token_id)
 
     def save_model(self, folder: Path) -> None:
-        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range.
+        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range with it.
 
         The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
         transformers' own forward does not: there the scores differ from ours by this constant.
         """
-        if self.done == self.steps and self.kind != "process":  # of whose scores the lowest counts
-            answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
-            note_range(self.model, answers, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)

@@ -69,7 +69,7 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator(parallel=True, sharded=True)
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -78,10 +78,11 @@ class SFTTrainer:
         self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
-        self.model = learning.trainable(policy, self.accelerator.device, self.config)
+        self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
         if self.config.packing:
-            packing.prefer_varlen(self.model, self.accelerator.device, self.config.precision)
+            packing.prefer_varlen(self.model, learning.home(self.accelerator), self.config.precision)
             packing.check_packing(self.model)
+        learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
@@ -107,14 +108,14 @@ class SFTTrainer:
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
-        c, mine = self.config, processes.share(batch)
+        c = self.config
         rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         tokens = sum(sum(example.mask[1:]) for example in batch)
 
         def backward() -> dict[str, Tensor]:
             loss = torch.zeros((), device=self.accelerator.device)
-            for total in self.losses(mine):
-                part = total / max(tokens, 1)
+            for some, counts in processes.turns(batch, self.parts):
+                part = counts * self.loss(some) / max(tokens, 1)
                 self.accelerator.backward(part)
                 loss += part.detach()
             return {"loss": loss}
@@ -128,17 +129,14 @@ class SFTTrainer:
         self.done, self.updates = self.done + 1, self.updates + 1
         return {"loss": loss_value, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
 
-    def losses(self, batch: list[data.Example]) -> Iterator[Tensor]:
-        """The ``loss`` of ``batch`` in parts of ``micro_batch_size``, one after the other."""
+    def parts(self, batch: list[data.Example]) -> list[list[Any]]:
+        """``batch`` in parts of ``micro_batch_size`` examples or, packed, rows of examples."""
         c = self.config
         if not c.packing or not batch:
-            yield from map(self.loss, learning.split(batch, c.micro_batch_size))
-            return
+            return learning.split(batch, c.micro_batch_size)
         lengths = [len(example.ids) for example in batch]
         rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
-        size = c.micro_batch_size or len(rows)
-        for start in range(0, len(rows), size):
-            yield self.packed_loss([[batch[i] for i in row] for row in rows[start : start + size]])
+        return learning.split([[batch[i] for i in row] for row in rows], c.micro_batch_size)
 
     def packed_loss(self, rows: list[list[data.Example]]) -> Tensor:
         """The ``loss`` of examples that share rows."""
@@ -149,8 +147,10 @@ class SFTTrainer:
             logits = packing.packed_logits(self.model, packed)
         return -ops.logprobs(logits[:, :-1], packed.ids[:, 1:], mask=packed.mask[:, 1:]).logprobs.sum()
 
-    def loss(self, batch: list[data.Example]) -> Tensor:
-        """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
+    def loss(self, batch: list[Any]) -> Tensor:
+        """The sum over the response tokens of ``batch``, one of ``parts``, of ``-log p``, a 0-d tensor."""
+        if self.config.packing:
+            return self.packed_loss(batch)
         device = self.accelerator.device
         ids, there = data.pad([example.ids for example in batch], self.tokenizer.pad_token_id)
         counts, _ = data.pad([example.mask for example in batch], False)
@@ -162,11 +162,15 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
-        parts = learning.split(processes.share(self.eval_examples), self.config.batch_size)
+        size = self.config.batch_size
         tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
         zero = torch.zeros((), device=self.accelerator.device)
-        losses = (loss for part in parts for loss in self.losses(part))
-        loss = processes.summed(lambda: {"loss": sum(losses, zero)})["loss"]
+        turns = processes.turns(
+            self.eval_examples, lambda mine: [p for some in learning.split(mine, size) for p in self.parts(some)]
+        )
+        loss = processes.summed(lambda: {"loss": sum((self.loss(part) * counts for part, counts in turns), zero)})[
+            "loss"
+        ]
         return {"eval_loss": loss.item() / max(tokens, 1)}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
