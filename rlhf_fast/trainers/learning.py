@@ -76,7 +76,7 @@ def home(accelerator: Any) -> torch.device:
 
 
 def shard(accelerator: Any, models: Sequence[nn.Module | None]) -> None:
-    """Shard ``models`` in place, layer by layer, where Accelerate was set up for FSDP2; before the optimizer is made."""
+    """Shard ``models`` in place where Accelerate was set up for FSDP2; call it before the optimizer is made."""
     plugin = _fsdp(accelerator)
     if plugin is None:
         return
