@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -87,16 +87,16 @@ def save(trainer: Any, run: Run, done: int) -> None:
         for process, state in list(enumerate(states))[1:]:
             checkpoint.save_random(folder, process, state)
 
-    with _collected(trainer, trainer.optimizer):
+    with _collected(trainer):
         processes.gathered(lambda: run.checkpoint(done, write))
 
 
-def _collected(trainer: Any, optimizer: Any = None) -> AbstractContextManager[None]:
+def _collected(trainer: Any) -> AbstractContextManager[None]:
     """Gather the sharded models that ``trainer`` teaches, and what its optimizer keeps, in the first process."""
-    learned = [
-        m for m in vars(trainer).values() if sharded.is_sharded(m) and any(p.requires_grad for p in m.parameters())
-    ]
-    return sharded.collected(learned if trainer.output_dir is not None else [], optimizer)
+    models = [m for m in vars(trainer).values() if sharded.is_sharded(m)]
+    if not models or trainer.output_dir is None:
+        return nullcontext()
+    return sharded.collected([m for m in models if any(p.requires_grad for p in m.parameters())], trainer.optimizer)
 
 
 def _listen(run: Run) -> Callable[[], None]:
