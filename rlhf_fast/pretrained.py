@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_fast.sharded import is_sharded, kind, parted, put, whole
+
 SCALAR = "ForSequenceClassification"
 TRAINED = "trained.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -130,18 +132,19 @@ def _check_is_folder(source: str | Path, what: str) -> None:
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write ``model`` (safetensors) and ``tokenizer`` to ``folder`` in the format of ``save_pretrained``.
 
-    The adapters of a PEFT model are merged into its weights, and also written as they are: trained.safetensors.
+    The adapters of a PEFT model are merged into its weights, and also written as they are: trained.safetensors. A
+    sharded model must be ``collected``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    whole = unwrap(model)
-    if getattr(whole.config, "pad_token_id", None) is None:
-        whole.config.pad_token_id = tokenizer.pad_token_id
+    model = whole(model)
+    config = unwrap(model).config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
     try:
-        whole = merged(model)
         with silent():
-            whole.save_pretrained(folder)
+            merged(model).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         if hasattr(model, "merge_and_unload"):
             save_file({n: p.detach() for n, p in _trained(model).items()}, Path(folder) / TRAINED)
@@ -161,10 +164,14 @@ def restore(model: Any, folder: str | Path) -> None:
     if hasattr(model, "merge_and_unload"):
         stored = load_file(Path(folder) / TRAINED)
         for name, parameter in _trained(model).items():
-            parameter.data.copy_(stored[name])
+            parameter.data.copy_(parted(stored[name], parameter))
         return
     inner = unwrap(model)
-    inner.load_state_dict(read_model(type(inner), folder, dtype="auto").state_dict())
+    stored = read_model(kind(inner), folder, dtype="auto").state_dict()
+    if is_sharded(inner):
+        put(inner, stored)
+    else:
+        inner.load_state_dict(stored)
 
 
 def _trained(model: Any) -> dict[str, nn.Parameter]:

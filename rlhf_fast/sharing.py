@@ -75,12 +75,28 @@ def with_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     return adapted
 
 
-def _top(model: nn.Module, count: int) -> list[nn.Module]:
-    """The last ``count`` layers of the longest stack of layers, and what stands behind them: the last norm."""
+def parts(model: nn.Module) -> list[nn.Module]:
+    """What of ``model`` is sharded together: each layer, then the rest; of a scalar model backbone and head apart.
+
+    A policy is called as a whole, of a critic or reward model the backbone, and then the head.
+    """
+    inner = unwrap(model)
+    rest = [inner.base_model, inner.score] if hasattr(inner, "score") else [model]
+    return [*_stack(model)[1], *rest]
+
+
+def _stack(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The longest stack of layers of ``model``, after what holds it."""
     backbone = unwrap(model).base_model
     stacks = [(len(stack), parent, stack) for parent in backbone.modules() for stack in parent.children()
               if isinstance(stack, nn.ModuleList)]  # fmt: skip
-    length, parent, layers = max(stacks, key=lambda found: found[0], default=(0, backbone, []))
+    return max(stacks, key=lambda found: found[0], default=(0, backbone, []))[1:]
+
+
+def _top(model: nn.Module, count: int) -> list[nn.Module]:
+    """The last ``count`` layers of the longest stack of layers, and what stands behind them: the last norm."""
+    parent, layers = _stack(model)
+    length = len(layers)
     if count > length:
         raise ValueError(f"hydra:{count} trains {count} layers, and {type(unwrap(model)).__name__} has {length}")
     children = list(parent.children())

@@ -23,6 +23,7 @@ LAYERS = (
     {
         "models",
         "pretrained",
+        "sharded",
         "sharing",
         "data",
         "records",

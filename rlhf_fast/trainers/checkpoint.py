@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_fast import sharded
+
 SIZES = "files.json"
 
 
@@ -30,7 +32,7 @@ def save_state(
     """Write what a trainer keeps beside its weights: its optimizer, its ``numbers`` and what its data was."""
     from safetensors.torch import save_file
 
-    kept = optimizer.state_dict()["state"]
+    kept = sharded.state(optimizer)
     tensors = {f"{index}.{name}": value.contiguous() for index, s in kept.items() for name, value in s.items()}
     save_file(tensors, folder / "optimizer.safetensors")
     save_random(folder, 0, random_state())
@@ -56,6 +58,7 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, examples: Iterabl
     shapes = {i: s["exp_avg"].shape for i, s in state.items()}
     if any(i >= len(weights) or weights[i].shape != shape for i, shape in shapes.items()):
         raise ValueError(f"{folder} holds the optimizer of other weights, so that this run cannot go on from it")
+    state = {i: {n: sharded.parted(v, weights[i]) for n, v in s.items()} for i, s in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     load_random(folder, 0)
     return numbers

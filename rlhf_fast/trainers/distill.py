@@ -18,7 +18,6 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import distill_loss, group_advantages, whiten
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
-from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, load_reward, token_readers
 from rlhf_fast.trainers import learning, offline, online, processes, scoring
 from rlhf_fast.trainers.drive import drive
@@ -149,7 +148,6 @@ class DistillTrainer:
         """The batches of examples or prompts that are left, in the order of the seed."""
         return online.batches(self.examples, self.config, self.done) if self.own else offline.batches(self)
 
-    @exact_products()
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean over the response tokens of ``batch``; returns its statistics."""
         try:

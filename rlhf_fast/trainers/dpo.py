@@ -14,7 +14,6 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.losses.preference import DPO_KINDS
-from rlhf_fast.products import exact_products
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
 from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
@@ -145,7 +144,6 @@ class DPOTrainer:
         """The shuffled pairs of every epoch in batches; those that are left."""
         return offline.batches(self)
 
-    @exact_products()
     def step(self, batch: list[data.Pair]) -> dict[str, float]:
         """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
         return offline.update(self, offline.summed(self.losses(batch), self.accelerator.backward))

@@ -4,10 +4,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf_fast import sharded
 from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.watch import Watch, training_range
@@ -65,7 +67,8 @@ def drive(
                 raise KeyboardInterrupt if run.stop_signal == signal.SIGINT else SystemExit(128 + run.stop_signal)
             if save_every and done % save_every == 0:
                 save(trainer, run, done)
-        processes.gathered(lambda: run.finish(trainer.save_model))
+        with _collected(trainer):
+            processes.gathered(lambda: run.finish(trainer.save_model))
         return run.metrics
     except BaseException as error:
         fault = error
@@ -84,7 +87,16 @@ def save(trainer: Any, run: Run, done: int) -> None:
         for process, state in list(enumerate(states))[1:]:
             checkpoint.save_random(folder, process, state)
 
-    processes.gathered(lambda: run.checkpoint(done, write))
+    with _collected(trainer):
+        processes.gathered(lambda: run.checkpoint(done, write))
+
+
+def _collected(trainer: Any) -> AbstractContextManager[None]:
+    """Gather the sharded models that ``trainer`` teaches, and what its optimizer keeps, in the first process."""
+    models = [m for m in vars(trainer).values() if sharded.is_sharded(m)]
+    if not models or trainer.output_dir is None:
+        return nullcontext()
+    return sharded.collected([m for m in models if any(p.requires_grad for p in m.parameters())], trainer.optimizer)
 
 
 def _listen(run: Run) -> Callable[[], None]:

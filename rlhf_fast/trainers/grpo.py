@@ -18,7 +18,6 @@ from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
-from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, shape_rewards, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
@@ -120,8 +119,9 @@ class GRPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, GRPOConfig)
-        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator()
-        device = self.accelerator.device
+        self.output_dir, self.generator = output_dir, generator
+        self.accelerator = learning.accelerator(sharded=True)
+        device = learning.home(self.accelerator)
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         self.policy = learning.trainable(models.load_policy(model), device, c)
@@ -130,7 +130,7 @@ class GRPOTrainer:
         if c.kl_coef > 0:
             kept = self.policy if reference is None else models.load_policy(reference)
             self.reference = models.frozen_copy(kept, shared_copy).to(device)
-        self.reward = load_reward(reward, self.tokenizer, device=device)
+        self.reward = load_reward(reward, self.tokenizer, device=self.accelerator.device)
         if c.share == "lora":
             self.policy = with_adapters(self.policy, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
@@ -139,6 +139,7 @@ class GRPOTrainer:
         online.prepare_packing([self.policy, *([self.reference] if self.reference else [])], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
+        learning.shard(self.accelerator, [self.policy, self.reference])
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)
         self.learners, self.moments = {"": self.policy}, RunningMoments()
         self.done = self.updates = self.skipped = 0  # steps, optimizer steps, batches that taught nothing
@@ -159,7 +160,6 @@ class GRPOTrainer:
         """The batches of prompts that are left of ``steps``: one shuffled pass after the other."""
         return online.batches(self.prompts, self.config, self.done)
 
-    @exact_products()
     def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One step on groups of responses to the prompts of ``batch``; returns its statistics."""
         c = self.config

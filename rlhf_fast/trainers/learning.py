@@ -1,26 +1,29 @@
 """What every trainer does with its weights: place them, and take one checked step of AdamW."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast import sharded, sharing
 from rlhf_fast.dispatch import require
+from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import processes
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 #: What a run needs of the extra ``train``, asked for at its start.
 PACKAGES = ("transformers", "accelerate", "tqdm", "tensorboard", "rich")
-#: Accelerate's names of what the trainers run in: one process, or data parallel.
-DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
-UNSUPPORTED = "each process holds the whole model (docs/scale.md)"
+#: Accelerate's names of what the trainers run in: one process, or data parallel, or that with sharded weights.
+DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 
 
-def accelerator() -> Any:
+def accelerator(*, sharded: bool = False) -> Any:
     """Accelerate's view of this process: its device, its backward and its clipping.
 
+    ``sharded``: the trainer calls ``shard`` on its models.
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
     float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
     trainers cannot do, ``ModuleNotFoundError`` where one of ``PACKAGES`` is absent.
@@ -31,7 +34,12 @@ def accelerator() -> Any:
     found = Accelerator()
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
     if kind not in DISTRIBUTED:
-        raise ValueError(f"the trainers run data parallel, and Accelerate was set up for {kind}: {UNSUPPORTED}")
+        raise ValueError(f"the trainers run data parallel or under FSDP2, and Accelerate was set up for {kind}")
+    plugin = _fsdp(found)
+    if plugin is not None and not sharded:
+        raise ValueError("this trainer holds whole models, and Accelerate was set up for FSDP (docs/scale.md)")
+    if plugin is not None and (plugin.fsdp_version != 2 or _offloads(plugin)):
+        raise ValueError("the trainers shard with FSDP2 and without offloading: fsdp_version 2, no offload_params")
     if found.gradient_accumulation_steps > 1:  # it would divide every loss once more
         raise ValueError("set micro_batch_size, and leave Accelerate's gradient_accumulation_steps at 1")
     if found.mixed_precision not in ("no", "bf16"):
@@ -39,8 +47,50 @@ def accelerator() -> Any:
     return found
 
 
+def _fsdp(accelerator: Any) -> Any:
+    """Accelerate's FSDP plugin where there are several processes and it was set up for that, else None.
+
+    Accelerate itself looks at it on accelerators only, not on the CPU.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+
+    if accelerator.num_processes == 1:
+        return None
+    found = getattr(accelerator.state, "fsdp_plugin", None) if accelerator.distributed_type == "FSDP" else None
+    asked = found is None and parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return FullyShardedDataParallelPlugin() if asked else found
+
+
+def _offloads(plugin: Any) -> bool:
+    offload = plugin.cpu_offload
+    return bool(
+        getattr(offload, "offload_params", offload is not None and type(offload).__name__ == "CPUOffloadPolicy")
+    )
+
+
+def home(accelerator: Any) -> torch.device:
+    """Where models are before ``shard``: the CPU if they will be sharded, for one may exceed a device."""
+    return accelerator.device if _fsdp(accelerator) is None else torch.device("cpu")
+
+
+def shard(accelerator: Any, models: Sequence[nn.Module | None]) -> None:
+    """Shard ``models`` in place where Accelerate was set up for FSDP2; call it before the optimizer is made."""
+    plugin = _fsdp(accelerator)
+    if plugin is None:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    again = plugin.reshard_after_forward is not False
+    for model in models:
+        if model is not None:
+            sharded.shard(model, sharing.parts(model), mesh, reshard_after_forward=again)
+
+
 def autocast(device: torch.device, precision: str) -> Any:
-    """The context in which models run: weights stay float32, products are bfloat16 if ``precision`` says so."""
+    """The context in which models read: weights stay float32, products are bfloat16 if ``precision`` says so."""
+    if precision == "fp32" and device.type == "cpu":
+        return exact_products()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -93,10 +143,11 @@ def set_rate(optimizer: torch.optim.Optimizer, schedule: str, step: int, total: 
 def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -> Tensor:
     """Clip each model's gradient to ``max_norm`` on its own; returns the ``[len(models)]`` norms before that.
 
-    In several processes their gradients are summed first.
+    In several processes their gradients are summed first; those of a sharded model are already.
     """
-    processes.sum_gradients(models)
-    return torch.stack([accelerator.clip_grad_norm_(model.parameters(), max_norm).float() for model in models])
+    processes.sum_gradients([model for model in models if not sharded.is_sharded(model)])
+    norms = [accelerator.clip_grad_norm_(model.parameters(), max_norm) for model in models]
+    return torch.stack([(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float() for norm in norms])
 
 
 def split(items: list[Any], size: int | None) -> list[list[Any]]:

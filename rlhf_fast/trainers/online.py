@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import attention, data, models, ops, packing
+from rlhf_fast import attention, data, models, ops, packing, sharded
 from rlhf_fast.generate import stop_tokens, texts_of
 from rlhf_fast.generators import DecodeGenerator, Generator, check_written
 from rlhf_fast.rollout import Rollout
@@ -90,9 +90,9 @@ def write(
             return None
         ids = [example.ids for example in mine]
         prompt_ids, prompt_mask = (x.to(device) for x in data.pad(ids, tokenizer.pad_token_id, side="left"))
-        with learning.autocast(device, config.precision):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             if generator is not None and attempt == 0:
-                generator.sync(policy)
+                generator.sync(sharded.whole(policy))
             written = (generator or DecodeGenerator()).write(
                 policy, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
                 pad_id=tokenizer.pad_token_id, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
@@ -102,7 +102,9 @@ def write(
             check_written(written, len(mine), config.max_new_tokens)
         return Rollout.begin(mine, prompt_ids, prompt_mask, written, texts_of(written, tokenizer))
 
-    parts = [written for written in processes.gathered(part) if written is not None]
+    asked = [policy] if generator is not None and attempt == 0 else []
+    with sharded.collected(asked, everywhere=True), sharded.gathered(policy):
+        parts = [written for written in processes.gathered(part) if written is not None]
     return parts[0] if len(parts) == 1 else Rollout.join(parts).to(device)
 
 
@@ -111,13 +113,12 @@ def fill(rollout: Rollout, size: int, names: Sequence[str], read: Callable[[Roll
 
     Each process reads its share, and all get the whole.
     """
-    mine = processes.share(torch.arange(len(rollout)))
 
     def part() -> dict[str, Tensor]:
-        for rows in mine.split(size) if len(mine) else ():
+        for rows, counts in processes.turns(torch.arange(len(rollout)), lambda rows: learning.split(rows, size)):
             some = rollout.select(rows)
             read(some)
-            for name in names:
+            for name in names if counts else ():
                 getattr(rollout, name)[slice(rows[0], rows[-1] + 1), slice(some.mask.shape[1])] = getattr(some, name)
         return {name: processes.share(getattr(rollout, name)) for name in names}
 
@@ -235,17 +236,17 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     The denominator is that of the minibatch, so that the split, and that among processes, changes no more than the
     rounding.
     """
-    device, mine = rollout.mask.device, processes.share(rows)
+    device = rollout.mask.device
     count = trainer.count(rollout, rows.to(device, non_blocking=True))
 
     def backward() -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        for some in mine.split(trainer.forward_size) if len(mine) else ():
+        for some, counts in processes.turns(rows, lambda rows: learning.split(rows, trainer.forward_size)):
             part, at = rollout.select(some), some.to(device, non_blocking=True)
             end = part.mask.shape[1]
             loss, stats = trainer.loss(part, *(t[at] if t.dim() == 1 else t[at, :end] for t in targets), count)
-            trainer.accelerator.backward(loss)
-            for name, value in {"loss": loss.detach(), **stats}.items():
+            trainer.accelerator.backward(loss * counts)
+            for name, value in {"loss": loss.detach(), **stats}.items() if counts else ():
                 merge = torch.maximum if name == "ratio_max" else torch.add
                 total[name] = merge(total[name], value) if name in total else value
         return total

@@ -16,7 +16,6 @@ from rlhf_fast import data, models, ops
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
-from rlhf_fast.products import exact_products
 from rlhf_fast.rewards import RewardError, RunningMoments, load_reward, token_readers
 from rlhf_fast.rollout import Rollout, statistics
 from rlhf_fast.sharing import check_share, freeze, new_critic, shared_copy, with_adapters
@@ -124,15 +123,16 @@ class PPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator()
-        device = self.device = self.accelerator.device
+        self.output_dir, self.generator = output_dir, generator
+        self.accelerator = learning.accelerator(sharded=True)
+        device, self.device = learning.home(self.accelerator), self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
         self.policy = learning.trainable(models.load_policy(model), device, c)
         freeze(self.policy, c.share)
         kept = self.policy if reference is None else models.load_policy(reference)
         self.reference = models.frozen_copy(kept, shared_copy).to(device)
-        self.reward = load_reward(reward, self.tokenizer, device=device)
+        self.reward = load_reward(reward, self.tokenizer, device=self.device)
         scorers = token_readers(self.reward)
         scorer = scorers[0] if scorers and c.share == "none" else None  # what is shared are the policy's weights
         self.critic = learning.trainable(new_critic(critic, self.policy, scorer, c.seed), device, c)
@@ -145,6 +145,7 @@ class PPOTrainer:
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
+        learning.shard(self.accelerator, [self.policy, self.reference, self.critic])
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)
         self.kl_control = AdaptiveKL(c.kl_coef, c.kl_target, c.kl_horizon) if c.kl_target else None
@@ -167,7 +168,6 @@ class PPOTrainer:
         """The batches of prompts that are left of ``steps``: one shuffled pass after the other."""
         return online.batches(self.prompts, self.config, self.done)
 
-    @exact_products()
     def step(self, batch: list[data.Prompt]) -> dict[str, float]:
         """One PPO step on the prompts of ``batch``; returns its statistics."""
         c = self.config

@@ -9,7 +9,7 @@ A trainer does that by ``summed`` or ``joined`` around what goes through its ``s
 ``learning.clip_gradients`` after it; whatever can raise in one process alone is inside of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,21 @@ def share(items: Any) -> Any:
     """The part of a list or tensor that is this process's: neighbours, and in all processes together all of them."""
     n, i = count(), rank()
     return items[len(items) * i // n : len(items) * (i + 1) // n]
+
+
+def turns(items: Any, cut: Callable[[Any], Sequence[T]]) -> Iterator[tuple[T, float]]:
+    """The parts into which ``cut`` cuts this process's share of ``items``, each with 1.
+
+    Then a part with 0 for each that another process has more: sharded models must be called equally often in all.
+    """
+    own = cut(share(items))
+    yield from ((part, 1.0) for part in own)
+    n = count()
+    if n == 1:
+        return
+    shares = (items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n))
+    for _ in range(max(len(cut(mine)) for mine in shares) - len(own)):
+        yield cut(items[:1])[0], 0.0
 
 
 def gathered(part: Callable[[], T]) -> list[T]:
@@ -95,14 +110,14 @@ def same_weights(model: nn.Module) -> None:
     """Give every process the weights of the first."""
     if count() > 1:
         for tensor in [*model.parameters(), *model.buffers()]:
-            sent = tensor.data.contiguous()
+            sent = tensor.data.to(_meeting()).contiguous()
             torch.distributed.broadcast(sent, 0)
             tensor.data.copy_(sent)
 
 
 def sum_gradients(models: Sequence[nn.Module]) -> None:
     """Leave in every process the sum of all their gradients; a weight that none has a gradient for keeps none."""
-    if count() == 1:
+    if count() == 1 or not models:
         return
     weights = [p for p in dict.fromkeys(p for model in models for p in model.parameters()) if p.requires_grad]
     learned = torch.tensor([p.grad is not None for p in weights], dtype=torch.int32, device=weights[0].device)
@@ -130,6 +145,11 @@ def _sum(gradients: list[Tensor]) -> None:
     torch.distributed.all_reduce(flat)
     parts = flat.split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def _meeting() -> torch.device:
+    """Where tensors must be for the processes to exchange them."""
+    return torch.device("cuda" if "nccl" in torch.distributed.get_backend() else "cpu")
 
 
 def _on_cpu(value: Any) -> Any:

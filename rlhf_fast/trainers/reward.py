@@ -18,7 +18,6 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
 from rlhf_fast.losses.reward import RANKINGS
 from rlhf_fast.preferences import Judged
-from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import checkpoint, learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.margins import histogram, merged, seen, statistics
@@ -102,7 +101,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
@@ -120,10 +119,11 @@ class RewardTrainer:
         self.examples, self.eval_examples, self.calibration = (self._tokenise(some) for some in records)
         every = [*self.examples, *self.eval_examples, *self.calibration]
         models.check_tokens(scorer, self.tokenizer, (ids for e in every for ids in preferences.sequences(e)))
-        self.model = learning.trainable(scorer, self.accelerator.device, c)
+        self.model = learning.trainable(scorer, learning.home(self.accelerator), c)
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
         settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
+        learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
@@ -149,7 +149,6 @@ class RewardTrainer:
         """The shuffled records of every epoch in batches; those that are left."""
         return offline.batches(self)
 
-    @exact_products()
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
         found = self.read(batch, learn=True)
@@ -160,26 +159,21 @@ class RewardTrainer:
 
         With ``learn`` it leaves the gradient of that share in the weights.
         """
-        count = sum(map(preferences.terms, examples))
+        count, size = sum(map(preferences.terms, examples)), self.config.micro_batch_size or self.config.batch_size
 
         def part() -> dict[str, Tensor]:
             found = []
-            for judged in self.parts(processes.share(examples)):
+            for some, counts in processes.turns(examples, lambda mine: learning.split(mine, size)):
+                judged = preferences.collate(some, self.tokenizer.pad_token_id).to(self.accelerator.device)
                 scores = self.scores(judged)
                 loss = self.loss(judged, scores, count)
                 if learn:
-                    self.accelerator.backward(loss)
-                found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
+                    self.accelerator.backward(loss * counts)
+                if counts:
+                    found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
             return merged(found)
 
         return merged(processes.gathered(part))
-
-    def parts(self, examples: list[Any]) -> Iterator[Judged]:
-        """``examples`` in micro-batches, on the model's device."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(examples), size):
-            judged = preferences.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-            yield judged.to(self.accelerator.device)
 
     def scores(self, judged: Judged) -> Tensor:
         """``[B, K]`` scores, from one forward pass over all sequences."""
@@ -230,6 +224,8 @@ class RewardTrainer:
         """Normalise at the end, evaluate where it is due."""
         if step == self.steps and self.config.normalise:
             self.normalise()
+        if step == self.steps:
+            self._note_range()
         if not offline.due(self, step):
             return {}
         stats, margins = self._judge(self.eval_examples)
@@ -249,15 +245,18 @@ class RewardTrainer:
         numbers = checkpoint.load_state(folder, self.optimizer, [*self.examples, *self.calibration])
         self.done, self.updates = numbers["step"], numbers["updates"]
         models.unwrap(self.model).config.score_shift = numbers["score_shift"]
+        if self.done == self.steps:
+            self._note_range()
+
+    def _note_range(self) -> None:
+        few = self.examples[:512]
+        answers, ends = ([x for e in few for x in of(e)] for of in (preferences.sequences, preferences.ends))
+        note_range(self.model, answers, ends, self.tokenizer.pad_token_id)
 
     def save_model(self, folder: Path) -> None:
-        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range.
+        """Write the reward model and its tokenizer as ``save_pretrained`` does; at the end, the scores' range with it.
 
         The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
         transformers' own forward does not: there the scores differ from ours by this constant.
         """
-        if self.done == self.steps:
-            answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
-            ends = [places for example in self.examples[:512] for places in preferences.ends(example)]
-            note_range(self.model, answers, ends, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)

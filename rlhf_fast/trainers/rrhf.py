@@ -14,7 +14,6 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
-from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -107,7 +106,6 @@ class RRHFTrainer:
         """The shuffled prompts of every epoch in batches; those that are left."""
         return offline.batches(self)
 
-    @exact_products()
     def step(self, batch: list[data.Ranked]) -> dict[str, float]:
         """One optimizer step on the mean loss of the prompts of ``batch``; returns its statistics."""
         found = offline.summed(self.learn(part, len(batch)) for part in self.parts(batch))

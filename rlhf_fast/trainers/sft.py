@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross entropy of the response tokens."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
-from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
@@ -69,7 +68,7 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -78,10 +77,11 @@ class SFTTrainer:
         self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
-        self.model = learning.trainable(policy, self.accelerator.device, self.config)
+        self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
         if self.config.packing:
-            packing.prefer_varlen(self.model, self.accelerator.device, self.config.precision)
+            packing.prefer_varlen(self.model, learning.home(self.accelerator), self.config.precision)
             packing.check_packing(self.model)
+        learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
@@ -104,24 +104,24 @@ class SFTTrainer:
         """The shuffled examples of every epoch in batches; those that are left."""
         return offline.batches(self)
 
-    @exact_products()
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
         tokens = offline.count(batch)
-        parts = self.losses(processes.share(batch), tokens)
+        parts = self.losses(batch, tokens, self.parts)
         return offline.update(self, offline.summed(parts, self.accelerator.backward)) | {"tokens": float(tokens)}
 
-    def losses(self, batch: list[data.Example], tokens: int) -> Iterator[dict[str, Tensor]]:
-        """What ``batch`` adds to the mean loss of ``tokens`` tokens, ``micro_batch_size`` examples at a time."""
+    def losses(self, batch: list[data.Example], tokens: int, cut: Callable) -> Iterator[dict[str, Tensor]]:
+        """What this process's share of ``batch``, as ``cut`` cuts it, adds to the mean loss of ``tokens`` tokens."""
+        return ({"loss": counts * self.loss(part) / max(tokens, 1)} for part, counts in processes.turns(batch, cut))
+
+    def parts(self, batch: list[data.Example]) -> list[list[Any]]:
+        """``batch`` in parts of ``micro_batch_size`` examples or, packed, rows of examples."""
         c = self.config
         if not c.packing or not batch:
-            found = map(self.loss, learning.split(batch, c.micro_batch_size))
-        else:
-            lengths = [len(example.ids) for example in batch]
-            rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
-            rows = [[batch[i] for i in row] for row in rows]
-            found = map(self.packed_loss, learning.split(rows, c.micro_batch_size))
-        return ({"loss": loss / max(tokens, 1)} for loss in found)
+            return learning.split(batch, c.micro_batch_size)
+        lengths = [len(example.ids) for example in batch]
+        rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
+        return learning.split([[batch[i] for i in row] for row in rows], c.micro_batch_size)
 
     def packed_loss(self, rows: list[list[data.Example]]) -> Tensor:
         """The ``loss`` of examples that share rows."""
@@ -132,8 +132,10 @@ class SFTTrainer:
             logits = packing.packed_logits(self.model, packed)
         return -ops.logprobs(logits, packed.targets).logprobs.sum()
 
-    def loss(self, batch: list[data.Example]) -> Tensor:
-        """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
+    def loss(self, batch: list[Any]) -> Tensor:
+        """The sum over the response tokens of ``batch``, one of ``parts``, of ``-log p``, a 0-d tensor."""
+        if self.config.packing:
+            return self.packed_loss(batch)
         sequences, masks = [example.ids for example in batch], [example.mask for example in batch]
         answers = offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
         return -offline.logprobs(self.model, answers, self.config.precision).sum()
@@ -141,9 +143,12 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
-        tokens = offline.count(self.eval_examples)
-        parts = learning.split(processes.share(self.eval_examples), self.config.batch_size)
-        found = offline.summed(loss for part in parts for loss in self.losses(part, tokens))
+        tokens, size = offline.count(self.eval_examples), self.config.batch_size
+
+        def cut(mine: list[data.Example]) -> list[list[Any]]:
+            return [part for some in learning.split(mine, size) for part in self.parts(some)]
+
+        found = offline.summed(self.losses(self.eval_examples, tokens, cut))
         return {"eval_loss": found["loss"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

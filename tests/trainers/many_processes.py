@@ -179,8 +179,13 @@ def state_of(trainer) -> dict[str, torch.Tensor]:
         f"{name}.{key}": value
         for name in names
         if hasattr(trainer, name)
-        for key, value in models.unwrap(getattr(trainer, name)).state_dict().items()
+        for key, value in full(models.unwrap(getattr(trainer, name)).state_dict()).items()
     }
+
+
+def full(weights):
+    """A copy, and of sharded weights all parts."""
+    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for n, w in weights.items()}
 
 
 def stopped_and_resumed(root: Path) -> None:
@@ -231,7 +236,7 @@ def failing(root: Path) -> None:
     report(root, "skipping", skipping.train())
     differing = tiny_llama(seed=processes.rank())
     first = rf.SFTTrainer(differing, data=DEMOS, config=rf.SFTConfig(**NUMBERS), tokenizer=TOKENIZER).model
-    report(root, "same weights", float(sum(p.detach().double().sum() for p in first.parameters())))
+    report(root, "same weights", float(sum(w.double().sum() for w in full(first.state_dict()).values())))
     dying = sft(root / "dying")
     step = dying.step
     dying.step = lambda batch: os._exit(3) if dying.done == 2 and processes.rank() else step(batch)
@@ -245,16 +250,32 @@ def report(root: Path, name: str, what) -> None:
     (root / f"{name}.{processes.rank()}.json").write_text(json.dumps(what))
 
 
+def parts(root: Path) -> None:
+    """How many numbers this process holds, and how many there are: of three models and of the optimizer's moments."""
+    trainer = online("ppo", None, batch_size=4, steps=1)
+    trainer.train()
+    kept = [v for state in trainer.optimizer.state_dict()["state"].values() for v in state.values() if v.dim()]
+    groups = [[*m.parameters()] for m in (trainer.policy, trainer.reference, trainer.critic)] + [kept]
+    held = [[w.to_local() if hasattr(w, "to_local") else w for w in group] for group in groups]
+    report(
+        root, "parts",
+        [[sum(w.numel() for w in own), sum(w.numel() for w in all_)] for own, all_ in zip(held, groups, strict=True)],
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     root.mkdir(exist_ok=True)
     for name, make in COMPARED.items():
+        if os.environ.get("ACCELERATE_USE_FSDP") and name.startswith(("rrhf", "dpo", "distill")):
+            continue  # these hold whole models
         trainer = make(root / name)
         torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
         last = trainer.train()
         torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
         report(root, f"{name}.last", last)
     if processes.count() > 1:
+        parts(root)
         stopped_and_resumed(root)
         failing(root)
         os._exit(0)  # the other one is dead: there is nobody to say goodbye to

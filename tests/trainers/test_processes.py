@@ -1,4 +1,7 @@
-"""Two processes that share the work take the steps of one process on the same global batch."""
+"""Two processes that share the work take the steps of one process on the same global batch.
+
+``two``: each with the whole weights; ``sharded``: each with its part of them, by FSDP2.
+"""
 
 import json
 import os
@@ -10,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf_fast.trainers import processes
 
-KINDS = (
-    "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
-    "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
-)  # fmt: skip
+SHARDED = "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens"
+WHOLE = "rrhf", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own"  # these trainers are refused under FSDP2
+RUNS = [("two", kind) for kind in SHARDED + WHOLE] + [("sharded", kind) for kind in SHARDED]
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch without gloo: runs where it is built in"
 )
@@ -36,11 +39,13 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of many_processes.py, run once by one process and once by two."""
+    """The folders of many_processes.py, run by one process, by two, and by two that shard."""
     root, script = tmp_path_factory.mktemp("processes"), Path(__file__).with_name("many_processes.py")
-    calm, two = environment(), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    environments = {"one": calm} | {f"two {i}": calm | two | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")}
-    started = {}
+    calm = environment()
+    environments, started = {"one": calm}, {}
+    for how, options in (("two", {}), ("sharded", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})):
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"} | options
+        environments |= {f"{how} {i}": calm | group | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")}
     for name, variables in environments.items():
         with open(root / f"{name}.txt", "w") as said:
             command = [sys.executable, str(script), str(root / name.split()[0])]
@@ -50,7 +55,8 @@ def runs(tmp_path_factory):
     finally:
         for process in started.values():
             process.kill()
-    assert status == {"one": 0, "two 0": 0, "two 1": 3}, "\n".join((root / f"{n}.txt").read_text() for n in started)
+    expected = {"one": 0, "two 0": 0, "two 1": 3, "sharded 0": 0, "sharded 1": 3}
+    assert status == expected, "\n".join((root / f"{n}.txt").read_text() for n in started)
     return root
 
 
@@ -59,13 +65,20 @@ def figures(folder):
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
-def said(runs, name):
-    return [json.loads((runs / "two" / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+def said(runs, name, how):
+    return [json.loads((runs / how / f"{name}.{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_end_with_the_weights_of_one(runs, kind):
-    paths = (f"one/{kind}.0.pt", f"two/{kind}.0.pt", f"two/{kind}.1.pt")
+@pytest.fixture
+def how(request):
+    if request.param == "sharded" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        pytest.skip("FSDP2 sums gradients from PyTorch 2.8 on: runs there")
+    return request.param
+
+
+@pytest.mark.parametrize(("how", "kind"), RUNS, indirect=["how"])
+def test_two_processes_end_with_the_weights_of_one(runs, kind, how):
+    paths = (f"one/{kind}.0.pt", f"{how}/{kind}.0.pt", f"{how}/{kind}.1.pt")
     one, first, second = (torch.load(runs / path) for path in paths)
     assert all(torch.equal(first[name], second[name]) for name in one)
     start = torch.load(runs / "one" / f"{kind}.start.0.pt")
@@ -75,9 +88,31 @@ def test_two_processes_end_with_the_weights_of_one(runs, kind):
         torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_report_the_figures_of_one(runs, kind):
-    one, two = figures(runs / "one" / kind), figures(runs / "two" / kind)
+@pytest.mark.parametrize(("how", "kind"), RUNS, indirect=["how"])
+def test_the_model_on_the_disk_is_that_of_one_process(runs, kind, how):
+    """As transformers reads it, and with the same config."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    reader = AutoModelForSequenceClassification if kind.startswith("reward") else AutoModelForCausalLM
+    one, two = (reader.from_pretrained(runs / name / kind) for name in ("one", how))
+    assert type(one) is type(two)
+    for (name, weight), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=0, atol=1e-6, msg=name)
+    assert two.config.architectures == one.config.architectures
+    if kind == "reward":
+        assert two.config.score_mean == pytest.approx(one.config.score_mean, abs=1e-6)
+
+
+def test_a_process_holds_its_part_alone(runs):
+    """Of every weight of policy, reference and critic, and of what the optimizer keeps."""
+    for parts in zip(*said(runs, "parts", "sharded"), strict=True):
+        assert sum(part for part, _ in parts) == parts[0][1]
+        assert max(part for part, _ in parts) <= 0.52 * parts[0][1]  # a scalar head is whole in one of them
+
+
+@pytest.mark.parametrize(("how", "kind"), RUNS, indirect=["how"])
+def test_two_processes_report_the_figures_of_one(runs, kind, how):
+    one, two = figures(runs / "one" / kind), figures(runs / how / kind)
     assert len(one) == 4
     for alone, both in zip(one, two, strict=True):
         assert alone.keys() == both.keys()
@@ -86,45 +121,52 @@ def test_two_processes_report_the_figures_of_one(runs, kind):
             # the norm of the gradient magnify that.
             tolerance = {"rel": 1e-6, "abs": 1e-6} if "loss" in name else {"rel": 1e-5, "abs": 5e-6}
             assert both[name] == pytest.approx(value, **tolerance), name
-    last = said(runs, f"{kind}.last")
+    last = said(runs, f"{kind}.last", how)
     assert last[0] == last[1]
 
 
-def test_the_responses_are_those_of_one_process_and_of_many_lengths(runs):
-    lengths = [line["response_length"] for kind in ("ppo", "grpo") for line in figures(runs / "two" / kind)]
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_the_responses_are_those_of_one_process_and_of_many_lengths(runs, how):
+    lengths = [line["response_length"] for kind in ("ppo", "grpo") for line in figures(runs / how / kind)]
     assert any(length % 1 for length in lengths)
-    assert (runs / "two" / "ppo" / "samples.jsonl").read_text() == (runs / "one" / "ppo" / "samples.jsonl").read_text()
+    assert (runs / how / "ppo" / "samples.jsonl").read_text() == (runs / "one" / "ppo" / "samples.jsonl").read_text()
 
 
-def test_a_signal_to_one_process_stops_all_after_the_step(runs):
-    assert said(runs, "stopped") == [[128 + 15, 3]] * 2
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_a_signal_to_one_process_stops_all_after_the_step(runs, how):
+    assert said(runs, "stopped", how) == [[128 + 15, 3]] * 2
 
 
-def test_resumed_they_end_with_the_bits_of_a_run_that_never_stopped(runs):
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_resumed_they_end_with_the_bits_of_a_run_that_never_stopped(runs, how):
     """With a reward that draws from the generators of each process."""
-    assert said(runs, "resumed") == [[True, 4]] * 2
-    assert figures(runs / "two" / "stopped") == figures(runs / "two" / "whole")
+    assert said(runs, "resumed", how) == [[True, 4]] * 2
+    assert figures(runs / how / "stopped") == figures(runs / how / "whole")
 
 
-def test_an_error_in_one_process_is_raised_in_all(runs):
-    first, second = said(runs, "failing")
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_an_error_in_one_process_is_raised_in_all(runs, how):
+    first, second = said(runs, "failing", how)
     assert first[0] == second[0] == "ValueError"
     assert "step 1: process 1: the reward raised OSError" in first[1]
     assert "no connection; prompt 1 of 2: 'the" in first[1]
     assert "step 1: the reward raised OSError" in second[1]
 
 
-def test_a_batch_without_a_reward_in_one_process_is_skipped_in_all(runs):
-    assert said(runs, "skipping") == [{"skipped": 4.0}] * 2
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_a_batch_without_a_reward_in_one_process_is_skipped_in_all(runs, how):
+    assert said(runs, "skipping", how) == [{"skipped": 4.0}] * 2
 
 
-def test_all_start_from_the_weights_of_the_first(runs):
-    first, second = said(runs, "same weights")
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_all_start_from_the_weights_of_the_first(runs, how):
+    first, second = said(runs, "same weights", how)
     assert first == second
 
 
-def test_the_others_notice_when_one_dies(runs):
-    assert json.loads((runs / "two" / "dying.0.json").read_text()) == ["RuntimeError", 2]
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+def test_the_others_notice_when_one_dies(runs, how):
+    assert json.loads((runs / how / "dying.0.json").read_text()) == ["RuntimeError", 2]
 
 
 def test_accelerate_launches_the_command_line(tmp_path):

@@ -298,7 +298,6 @@ def test_learning_rates(schedule, rates):
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
-        ({"distributed_type": "FSDP"}, "Accelerate was set up for FSDP: each process holds the whole model"),
         ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
         ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
         ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
@@ -311,3 +310,27 @@ def test_what_the_trainers_cannot_do_is_refused(monkeypatch, setup, words):
     monkeypatch.setattr(accelerate, "Accelerator", lambda: SimpleNamespace(**plain | setup))
     with pytest.raises(ValueError, match=words):
         learning.accelerator()
+
+
+@pytest.mark.parametrize(
+    ("version", "offload", "able", "words"),
+    [
+        (2, None, False, "this trainer holds whole models, and Accelerate was set up for FSDP"),
+        (1, None, True, "fsdp_version 2"),
+        (2, SimpleNamespace(offload_params=True), True, "no offload_params"),
+    ],
+)
+def test_fsdp_other_than_the_trainers_own_is_refused(monkeypatch, version, offload, able, words):
+    import accelerate
+
+    plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
+    found = SimpleNamespace(
+        distributed_type="FSDP", num_processes=2, gradient_accumulation_steps=1, mixed_precision="no",
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )  # fmt: skip
+    monkeypatch.setattr(accelerate, "Accelerator", lambda: found)
+    with pytest.raises(ValueError, match=words):
+        learning.accelerator(sharded=able)
+    plugin.fsdp_version, plugin.cpu_offload = 2, None
+    assert learning.accelerator(sharded=True) is found
+    assert learning.home(found).type == "cpu"
