@@ -56,7 +56,7 @@ def group_advantages(
     elif kind == "dr_grpo":
         advantages = deviation
     else:
-        advantages = deviation * (count / (count - 1).clamp(min=1))
+        advantages = deviation * count / (count - 1).clamp(min=1)  # a quotient of two integers would be float32
     return precise(torch.where(deviation == 0, 0, advantages), scores.dtype)
 
 
