@@ -62,10 +62,12 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
         return sdpa(module, query, key, value, mask, **options)
     spots = (mask.flatten() >= 0).nonzero().flatten()  # of the tokens of the row, in their order
     shape = mask.shape[2:]
-    below = [_Spread.apply(x[0].transpose(0, 1), spots, shape.numel()) for x in (query, key, value)]
-    below = [x.unflatten(0, shape).transpose(1, 2) for x in below]
-    found = sdpa(module, *below, None, **{**options, "is_causal": True})[0]
-    return _Gather.apply(found.flatten(0, 1), spots)[None], None
+    wide = torch.promote_types(query.dtype, torch.float32)  # in bfloat16 the CPU's backward takes three times as long
+    with torch.autocast(query.device.type, enabled=False):
+        below = [_Spread.apply(x[0].transpose(0, 1).to(wide), spots, shape.numel()) for x in (query, key, value)]
+        below = [x.unflatten(0, shape).transpose(1, 2) for x in below]
+        found = sdpa(module, *below, None, **{**options, "is_causal": True})[0]
+    return _Gather.apply(found.flatten(0, 1), spots)[None].to(query.dtype), None
 
 
 class _Spread(torch.autograd.Function):

@@ -38,6 +38,11 @@ def onednn_is_better() -> bool:
     return not _rounds()
 
 
+def bfloat16_is_native(device: torch.device) -> bool:
+    """Whether products of bfloat16 are the faster ones on ``device``: a CPU needs instructions for them."""
+    return device.type == "cuda" or any(word in _cpuinfo() for word in ("avx512_bf16", "amx_bf16"))
+
+
 class _Layers(TorchFunctionMode):
     """Takes the calls of a layer's product; attention is left alone, whose many small ones suit MKL better."""
 

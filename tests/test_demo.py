@@ -265,6 +265,13 @@ def test_reward_is_watched_not_changed():
     assert watched.gold == [{"step": 1, "gold_score": -1.5, "gold_positive": 0.5}]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_ppo_multiplies_in_bfloat16_where_that_is_native(monkeypatch, native):
+    monkeypatch.setattr(stages, "bfloat16_is_native", lambda device: native)
+    assert stages.ppo_precision(DemoConfig()) == ("bf16" if native else "fp32")
+    assert stages.ppo_precision(DemoConfig(ppo_precision="fp32")) == "fp32"
+
+
 def test_verdicts_know_both_ends():
     figures = {"sft_positive_share": 0.5, "ppo_positive_share": 0.9, "win_rate": 0.8, "reward_accuracy": 0.85,
                "sequence_kl": 20.0, "grammar_drop": 0.09}  # fmt: skip

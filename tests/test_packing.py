@@ -112,6 +112,29 @@ def test_a_row_whose_attention_is_padded_gives_the_logits_and_gradients_of_each_
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_in_bfloat16_a_row_attends_in_float32(make, monkeypatch):
+    """In bfloat16 the backward of attention on a CPU takes longer than all that the products save."""
+    from transformers.integrations import sdpa_attention
+
+    model, seen = make().eval(), []
+    use_rows(model)
+    packed = pack([SEQUENCES], 0, CPU, flat=True)
+    exact = packed_logits(model, packed)
+    inner = sdpa_attention.sdpa_attention_forward
+
+    def noted(module, query, *rest, **options):
+        seen.append(query)
+        return inner(module, query, *rest, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = packed_logits(model, packed)
+    assert logits.dtype == torch.bfloat16
+    assert {query.dtype for query in seen} == {torch.float32}
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * float(exact.detach().abs().max()))
+
+
 def test_with_an_ordinary_mask_a_prepared_model_attends_as_before():
     model, ids, mask = tiny_llama().double().eval(), torch.tensor([[0, 0, 5, 9], [3, 4, 5, 6]]), torch.ones(2, 4).bool()
     mask[0, :2] = False

@@ -108,3 +108,12 @@ def test_bfloat16_would_be_noticed(monkeypatch):
     assert products._rounds() == torch.cpu._is_amx_tile_supported()
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16().float(), b.bfloat16().float()))
     assert products._rounds()
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "native"),
+    [("avx2 avx512_bf16", "cpu", True), ("amx_bf16", "cpu", True), ("avx512f", "cpu", False), ("", "cuda", True)],
+)
+def test_where_bfloat16_is_native(monkeypatch, flags, device, native):
+    monkeypatch.setattr(products, "_cpuinfo", lambda: f"flags : {flags}\n")
+    assert products.bfloat16_is_native(torch.device(device)) == native

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from rlhf_fast.trainers.options import option, validate
 
+PRECISIONS = "auto", "fp32", "bf16"
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -31,6 +33,7 @@ class DemoConfig:
     ppo_epochs: int = option(3, "passes over the responses of a PPO step", low=1)
     ppo_learning_rate: float = option(3e-4, "peak learning rate of the policy", above=0.0)
     critic_learning_rate: float = option(1e-3, "peak learning rate of the critic", above=0.0)
+    ppo_precision: str = option("auto", "of PPO; auto is bf16 where the processor multiplies it", choices=PRECISIONS)
     kl_coef: float = option(0.35, "price of a nat of KL from the SFT model, in units of the reward model", low=0.0)
     held_out_prompts: int = option(256, "prompts that the gold judge compares the models on", low=2, high=900)
     quiet: bool = option(False, "no progress bars and no tables")

@@ -53,7 +53,8 @@ def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]
     sft = _load(folder / "sft")
     with clock.stage("reward", f"2/3 reward model on {config.pairs:,} pairs, labelled with noise"):
         reward = stages.learn_reward(config, folder, sft, tokenizer)
-    with clock.stage("ppo", f"3/3 PPO against the reward model, {config.ppo_steps} steps"):
+    precision = stages.ppo_precision(config)
+    with clock.stage("ppo", f"3/3 PPO against the reward model, {config.ppo_steps} steps in {precision}"):
         stages.optimise(config, folder)
     asked = prompts("held_out")[: config.held_out_prompts]
     with clock.stage("evaluate", f"the gold judge reads the answers to {len(asked)} held-out prompts"):
@@ -75,7 +76,7 @@ def _run(config: DemoConfig, folder: Path) -> tuple[dict[str, Any], list[Sample]
         "label_agreement": reward["label_agreement"],
         "seconds": clock.seconds | {"total": sum(clock.seconds.values())},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3),
-        "environment": environment(),
+        "environment": environment() | {"ppo_precision": precision},
     }  # fmt: skip
     samples = [
         Sample(
@@ -184,7 +185,7 @@ def _line(results: dict[str, Any]) -> str:
     served = ", ".join(f"{op} {by}" for op, by in e["ops"].items())
     return (
         f"{e['processor']}, {e['threads']} threads, torch {e['torch']}, transformers {e['transformers']}. "
-        f"{stages_line}. Peak memory {results['peak_memory_gb']:.2f} GB. Ops: {served}."
+        f"{stages_line}. PPO in {e['ppo_precision']}. Peak memory {results['peak_memory_gb']:.2f} GB. Ops: {served}."
     )
 
 

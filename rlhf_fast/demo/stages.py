@@ -13,6 +13,7 @@ from rlhf_fast.demo.config import DemoConfig
 from rlhf_fast.demo.grammar import MOODS, Prompt, Review, prompts, write_review
 from rlhf_fast.demo.judge import gold_scores, prefers_first
 from rlhf_fast.generate import generate
+from rlhf_fast.products import bfloat16_is_native
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -175,6 +176,15 @@ class Watched:
         return self.reward(prompts, responses, **columns)
 
 
+def ppo_precision(config: DemoConfig) -> str:
+    """``"fp32"`` or ``"bf16"``: what PPO multiplies in."""
+    from accelerate import PartialState
+
+    if config.ppo_precision != "auto":
+        return config.ppo_precision
+    return "bf16" if bfloat16_is_native(PartialState().device) else "fp32"
+
+
 def optimise(config: DemoConfig, folder: Path) -> Path:
     """PPO against the reward model; returns the folder of the policy, with the gold judge's notes in gold.jsonl."""
     count = config.ppo_steps * config.ppo_batch_size
@@ -184,6 +194,7 @@ def optimise(config: DemoConfig, folder: Path) -> Path:
         ppo_epochs=config.ppo_epochs, learning_rate=config.ppo_learning_rate, vf_coef=1.0,
         critic_learning_rate=config.critic_learning_rate, cliprange_value=1.0, kl_coef=config.kl_coef, packing=True,
         max_new_tokens=config.max_new_tokens, seed=config.seed, save_every=0, quiet=config.quiet,
+        precision=ppo_precision(config),
     )  # fmt: skip
     reward = str(folder / "reward")
     trainer = PPOTrainer(
