@@ -1,5 +1,6 @@
 """What every trainer does with its weights: place them, and take one checked step of AdamW."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -106,7 +107,12 @@ def trainable(model: Any, device: torch.device, config: Any) -> Any:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(f"{type(model).__name__} has no gradient checkpointing: gradient_checkpointing=false")
         newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers 5
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+        def contexts() -> tuple[Any, Any]:
+            """Around the layers' first forward pass, which has its own, and around that of the backward pass."""
+            return contextlib.nullcontext(), autocast(device, config.precision)
+
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": contexts})
     return model
 
 
