@@ -37,7 +37,7 @@ LAYERS = (
         "shaping",
         "rewards",
     },
-    {"metrics", "report", "trainers"},
+    {"metrics", "report", "trainers", "integrations"},
     {"demo", "evaluation"},
     {"cli", "commands", "flags", "doctor", "sweep"},
 )
