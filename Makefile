@@ -10,13 +10,18 @@ BUILT_FROM := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard 
 $(VENV)/ready: $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel pybind11 cmake ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e ".[train,triton,test,bench]" ruff mypy clang-format
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e ".[train,triton,test,test-peers,bench]" ruff mypy clang-format
+	touch $@
+
+# Without their dependencies, which are heavy: the tests stub those. OpenRLHF has a wheel for one Python only.
+$(VENV)/peers: $(VENV)/ready
+	$(PIP) --no-deps verl "openrlhf; python_version == '3.11' and platform_machine == 'x86_64'"
 	touch $@
 
 demo: $(VENV)/ready
 	$(BIN)/rlhf-fast demo
 
-test: $(VENV)/ready
+test: $(VENV)/peers
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/ready

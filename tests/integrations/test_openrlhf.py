@@ -15,7 +15,7 @@ import rlhf_fast as rf
 needs("openrlhf")
 needs("peft")
 MODULES = ["openrlhf.models", "openrlhf.trainer.ppo_utils.experience_maker"]
-import_with_stubs(MODULES, "ray", "deepspeed", "vllm", "flash_attn", "pylatexenc", "aiohttp")
+import_with_stubs(MODULES, "ray", "deepspeed", "vllm", "flash_attn", "pylatexenc", "aiohttp", "torchdata")
 
 import openrlhf.models.actor as actor  # noqa: E402
 import openrlhf.models.loss as loss  # noqa: E402

@@ -13,7 +13,7 @@ import rlhf_fast as rf
 needs("verl")
 needs("tensordict")
 MODULES = ["verl.trainer.ppo.core_algos", "verl.utils.torch_functional", "verl.workers.utils.losses"]
-import_with_stubs(MODULES, "ray")
+import_with_stubs(MODULES, "ray", "torchdata", "hydra", "codetiming", "orjson")
 
 import verl.trainer.ppo.core_algos as algos  # noqa: E402
 import verl.utils.torch_functional as functional  # noqa: E402
