@@ -171,6 +171,23 @@ def test_nan_in_the_padding_stays_there(ours):
             assert not a.isnan().any()
 
 
+def test_an_empty_mask_is_a_loss_of_zero(ours):
+    first, second, third, mask = batch(0)
+    none = torch.zeros_like(mask).long()
+    for name, module in (("policy", loss.PolicyLoss()), ("value", loss.ValueLoss(0.2))):
+        found = [f[name](module, first, second, third, none) for f in (ours, THEIRS)]
+        mine, its = (x[0] if isinstance(x, tuple) else x for x in found)
+        assert mine == 0
+        assert its.isnan()
+
+
+def test_masked_positions_are_zero(ours):
+    values, rewards, _, mask = batch(3, holes=True)
+    for a, b in zip(*(f["gae"](None, values, rewards, mask.long(), 1.0, 0.95) for f in (ours, THEIRS)), strict=True):
+        assert not a[~mask].any()
+        assert b[~mask].any()
+
+
 def experiences(seed):
     """Two experiences of four responses, as the workers of OpenRLHF hand them to its maker."""
     made = []

@@ -151,6 +151,17 @@ def test_a_head_without_a_row_has_a_graph(ours):
     assert weight.grad.abs().sum() == 0
 
 
+def test_the_heads_entropy_has_a_gradient(ours):
+    weight, ids = torch.randn(7, 4), torch.zeros(3, dtype=torch.int64)
+    for functions, has in ((ours, True), (THEIRS, VERSION >= (1, 14, 0))):
+        hidden = torch.linspace(-1, 1, 12).view(3, 4).requires_grad_()
+        functions[HEAD].apply(*head_arguments(hidden, weight, None, ids, 1.0, None, 1.0))[1].sum().backward()
+        assert bool(hidden.grad.any()) == has
+    outside = head_arguments(hidden, weight, None, ids - 1, 1.0, None, 1.0)
+    with pytest.raises(IndexError, match="ids must be in"):
+        ours[HEAD].apply(*outside)
+
+
 def test_impossible_tokens_leave_the_entropy_a_number(ours):
     logits = torch.tensor([[0.0, -math.inf, 0.0]], requires_grad=True)
     assert THEIRS["entropy_from_logits"](logits).isnan().all()

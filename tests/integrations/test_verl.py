@@ -182,6 +182,21 @@ def test_an_empty_mask_is_a_loss_of_zero(ours):
     f = "compute_policy_loss_vanilla"
     assert THEIRS[f](old, logp, advantages, none, "token-mean", config())[0].isnan()
     assert ours[f](old, logp, advantages, none, "token-mean", config())[0] == 0
+    one = torch.zeros_like(mask).long()
+    one[0, 0] = 1
+    g = "compute_gae_advantage_return"
+    for few in (none, one):
+        with pytest.raises(ValueError, match="mask"):
+            THEIRS[g](logp, old, few, 1.0, 0.95)
+        assert not ours[g](logp, old, few, 1.0, 0.95)[0].any()
+
+
+def test_masked_positions_are_zero(ours):
+    rewards, values, _, mask = batch(3, holes=True)
+    f = "compute_gae_advantage_return"
+    for a, b in zip(*(g[f](rewards, values, mask.long(), 1.0, 0.95) for g in (ours, THEIRS)), strict=True):
+        assert not a[~mask].any()
+        assert b[~mask].any()
 
 
 class Step(torch.nn.Module):
