@@ -105,7 +105,7 @@ def head_arguments(hidden, weight, bias, ids, temperature, softcap, scale, outpu
 def test_the_chunked_head(ours, n, vocab, seed, temperature, softcap, scale, tile):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (torch.randn(s, generator=generator) for s in ((n, 8), (vocab, 8), (vocab,)))
-    hidden /= 8**0.5  # logits of unit variance
+    hidden, bias = hidden / 8, bias / 4  # logits of about unit variance after scale and temperature
     ids = torch.randint(vocab, (n,), generator=generator)
 
     def call(functions):
