@@ -38,7 +38,7 @@ LAYERS = (
         "rewards",
     },
     {"metrics", "report", "trainers"},
-    {"demo", "evaluation"},
+    {"demo", "evaluation", "integrations"},
     {"cli", "commands", "flags", "doctor", "sweep"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
