@@ -37,8 +37,8 @@ LAYERS = (
         "shaping",
         "rewards",
     },
-    {"metrics", "report", "trainers", "integrations"},
-    {"demo", "evaluation"},
+    {"metrics", "report", "trainers"},
+    {"demo", "evaluation", "integrations"},
     {"cli", "commands", "flags", "doctor", "sweep"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
