@@ -31,7 +31,7 @@ lint: $(VENV)/ready
 	git ls-files '*.h' '*.hpp' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(VENV)/ready
-	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+	$(BIN)/rlhf-fast bench --out benchmarks/results
 
 # The oldest glibc that this machine's compiler leaves to the wheel; in the container of a hosted runner it is 2.28.
 PLATFORM ?= manylinux_2_34_x86_64

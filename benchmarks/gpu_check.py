@@ -19,9 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from record import REST, RESULTS, known, table
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # the package is installed by the first step only
 BUDGET = 560.0  # seconds for everything
 GRACE = 10.0  # seconds that a step over its limit has to say so
 #: compute-sanitizer sees past the end of a tensor only if tensors do not share an allocation.
@@ -80,8 +81,10 @@ def sanitizers() -> list[Step]:
 
 def benches() -> list[Step]:
     """Every benchmark, on the GPU alone."""
-    paths = sorted(Path(__file__).parent.glob("bench_*.py"))
-    return [Step(path.stem, [sys.executable, "-u", str(path), "cuda"], 65) for path in paths]
+    command = [sys.executable, "-u", "-m", "rlhf_fast.cli", "bench", "--device", "cuda", "--out", str(RESULTS), "--op"]
+    kernels = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+    ops = [path.stem for path in kernels if (ROOT / "rlhf_fast" / "bench" / f"{path.stem}.py").exists()]
+    return [Step(f"bench_{op}", [*command, op], 65) for op in ops]
 
 
 def steps() -> list[Step]:
@@ -123,11 +126,13 @@ def run(step: Step, limit: float) -> str:
 
 def goals_of(results: dict[str, str]) -> list[dict]:
     """A row per goal that the benchmarks among the steps of ``results`` wrote down, to the end or until interrupted."""
-    records, found = known("cuda") if torch.cuda.is_available() else {}, []
-    for op, record in records.items():
+    from rlhf_fast.bench import record  # not before the build, which replaces what this loads
+
+    records, found = record.known(RESULTS, "cuda") if torch.cuda.is_available() else {}, []
+    for op, content in records.items():
         result = results.get(f"bench_{op}", "")
-        if result == "ok" or (result.startswith("over") and REST in record["notes"]):
-            found += record["goals"]
+        if result == "ok" or (result.startswith("over") and record.REST in content["notes"]):
+            found += content["goals"]
     ordered = sorted(found, key=lambda goal: int(goal["goal"][1:]))
     return [goal | {"met": "✓" if goal["met"] else "✗"} for goal in ordered]
 
@@ -148,6 +153,8 @@ def main() -> int:
             print(f"\n== {start - began:.0f} s: {step.name}: {' '.join(step.command)}", flush=True)
             result = run(step, min(step.limit, room))
         rows.append({"step": step.name, "result": result, "s": int(time.monotonic() - start)})
+    from rlhf_fast.bench.record import table
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     table(f"gpu-check on {device}, torch {torch.__version__}; figures in {RESULTS.relative_to(ROOT)}", rows)
     if goals := goals_of({row["step"]: row["result"] for row in rows}):

@@ -38,7 +38,7 @@ class GenerateConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 from ``bench``, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     argv = [re.sub(r"^--[\w-]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", a) for a in argv if a != "--debug"]
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}{suggestion(name, COMMANDS)}; rlhf-fast --help lists them")
-        run_command(name, argv[1:])
+        status = run_command(name, argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"rlhf-fast: {type(error).__name__}: {sentence(error)} (--debug shows where)", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def overview() -> str:
@@ -91,14 +91,16 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run_command(name: str, argv: list[str]) -> None:
-    """Parse the flags of command ``name`` and run it."""
+def run_command(name: str, argv: list[str]) -> int:
+    """Parse the flags of command ``name`` and run it; 0, or what ``bench`` returns."""
     if name == "doctor":
         Parser(prog="rlhf-fast doctor", description=COMMANDS[name], allow_abbrev=False).parse_args(argv)
         print(doctor())
-        return
+        return 0
     accepted = SOURCES[name] | ({"sweep": SWEEP} if name in TRAINERS else {})
     sources, config = settings(name, COMMANDS[name], accepted, config_class(name), argv)
+    if name == "bench":  # which needs no transformers
+        return int(importlib.import_module("rlhf_fast.bench").bench(**sources, config=config))
     quieten()
     alone = "a sweep" if sources.get("sweep") else None if name in TRAINERS else name
     if alone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -112,6 +114,7 @@ def run_command(name: str, argv: list[str]) -> None:
         importlib.import_module("rlhf_fast.evaluation").evaluate(**sources, config=config)
     else:
         train(name, sources, config)
+    return 0
 
 
 def train(name: str, sources: dict[str, Any], config: Any) -> None:
@@ -149,6 +152,8 @@ def config_class(name: str) -> type:
         return importlib.import_module("rlhf_fast.demo").DemoConfig  # type: ignore[no-any-return]
     if name == "evaluate":
         return importlib.import_module("rlhf_fast.evaluation.config").EvaluateConfig  # type: ignore[no-any-return]
+    if name == "bench":
+        return importlib.import_module("rlhf_fast.bench").BenchConfig  # type: ignore[no-any-return]
     module = importlib.import_module(f"rlhf_fast.trainers.{name}")
     return getattr(module, TRAINERS[name].replace("Trainer", "Config"))  # type: ignore[no-any-return]
 

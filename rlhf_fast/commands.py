@@ -12,6 +12,7 @@ COMMANDS = {
     "distill": "teach a student what a teacher predicts, and what a reward says of it",
     "evaluate": "answer prompts: reward, win rate, KL, BLEU, ROUGE, perplexity, lengths",
     "generate": "write responses to prompts",
+    "bench": "measure the ops against their peers and this machine; show what became slower",
     "doctor": "show which implementation serves each op, and the versions",
     "demo": "the three stages on a made-up language, with a report",
 }
@@ -110,6 +111,13 @@ SOURCES: dict[str, Sources] = {
         "prompts": (f"prompts: {FILES}", None),
         "output": ("a new .jsonl file for prompts and responses, instead of the terminal", None),
         "tokenizer": (f"another tokenizer than the model's: {MODEL}", None),
+    },
+    "bench": {
+        "op": ("ops with commas between them; all if absent", None),
+        "device": ("cpu, cuda, or both with a comma; what there is if absent", None),
+        "peers": ("compile, eager, TRL, verl, ... with commas, or none; all that are installed if absent", None),
+        "compare": ("results of an earlier run, a .json file or its folder: what became slower", None),
+        "out": ("the folder for results, pictures and report.html", "rlhf-fast-bench"),
     },
     "demo": {},
 }

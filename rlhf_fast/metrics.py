@@ -14,11 +14,13 @@ class Metric(NamedTuple):
 
 
 ONLINE = "grpo, ppo"
+WRITING = "distill, grpo, ppo"
 PAIRED = "dpo, reward, rrhf"
 #: name → what it is, the most telling ones first; report.html draws them in this order. ``eval_`` before a name is that
 #: of the held-out data.
 METRICS = {
-    "scores": Metric("reward", "mean of what the reward said, before scaling and penalties", "distill, grpo, ppo"),
+    "scores": Metric("reward", "mean of what the reward said, before scaling and penalties", WRITING),
+    "uncertainty": Metric("reward", "of an ensemble: mean standard deviation of its members' scores", WRITING),
     "loss": Metric(
         "varies",
         "what is minimised: nats per response token (sft), per pair, ranking, label or prompt (dpo, reward, rrhf), "
@@ -45,8 +47,8 @@ METRICS = {
     "kl": Metric("nats", "KL from the reference: sum over a response, mean over responses; 0 without one", ONLINE),
     "entropy": Metric("nats", "of the policy's next token, mean over tokens; 0 while only the critic learns", ONLINE),
     "rewards": Metric("reward", "mean of what a response earns: its score less the penalties and the KL", ONLINE),
-    "response_length": Metric("tokens", "mean length of a response, its end token included", ONLINE),
-    "ended": Metric("share", "of the responses, those that end before max_new_tokens", ONLINE),
+    "response_length": Metric("tokens", "mean length of a response, its end token included", WRITING),
+    "ended": Metric("share", "of the responses, those that end before max_new_tokens", WRITING),
     "zero_variance": Metric("share", "of the groups first drawn, those whose scores are all equal", "grpo"),
     "policy_loss": Metric("1", "clipped surrogate loss; advantages are in standard deviations", ONLINE),
     "value_loss": Metric("reward²", "half the squared error of the critic, clipped", ONLINE),
@@ -65,7 +67,7 @@ METRICS = {
     "critic_grad_norm": Metric("1", "the same of the critic", "ppo"),
     "lr": Metric("1", "learning rate of the first group"),
     "tokens": Metric("tokens", "response tokens of the batch", "distill, sft"),
-    "skipped": Metric("batches", "left out so far because the reward raised", "distill, grpo, ppo"),
+    "skipped": Metric("batches", "left out so far because the reward raised", WRITING),
 }
 
 

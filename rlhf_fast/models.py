@@ -146,16 +146,21 @@ def token_logits(
     mask: Tensor,  # [B, L], bool
     *,
     keep: int | None = None,
+    final: bool = True,
 ) -> Tensor:
     """``[B, L, V]`` logits in the model's dtype, or of the last ``keep`` positions alone; arbitrary where masked.
 
-    The logits at a position are those of the next token: T response tokens at the end need ``keep=T + 1`` and
-    ``[:, :-1]``. They come from the model's own forward, with its scaling and softcap.
+    The logits at a position are those of the next token: T response tokens at the end need ``keep=T + 1`` without the
+    ``final`` position. They come from the model's own forward, with its scaling and softcap, and no slice of larger
+    ones is taken where that can leave positions out: its gradient would be a copy of that size.
     """
     if keep is not None and not 1 <= keep <= ids.shape[1]:
         raise ValueError(f"token_logits: keep must be between 1 and the length {ids.shape[1]}, got {keep}")
-    logits = forward(model, ids, mask, logits_to_keep=keep or 0).logits
-    return logits if keep is None else logits[:, -keep:]
+    if keep is None:
+        return forward(model, ids, mask).logits
+    spots = torch.arange(ids.shape[1] - keep, ids.shape[1] - (not final), device=ids.device)
+    logits = forward(model, ids, mask, logits_to_keep=keep if final else spots).logits
+    return logits if logits.shape[1] == len(spots) else logits[:, spots]
 
 
 def token_values(

@@ -13,11 +13,12 @@ from rlhf_fast.pretrained import silent, unwrap
 
 
 class Packed(NamedTuple):
-    """``R`` rows of sequences that stand one after the other."""
+    """``R`` rows of sequences that stand one after the other, and the ``N`` tokens that count in them."""
 
     ids: Tensor  # [R, L], int64
     positions: Tensor  # [R, L], int64, 0 where a sequence begins, and on padding
-    mask: Tensor  # [R, L], bool, True on the tokens that count
+    at: Tensor  # [N], int64, where in R * L the tokens before those that count stand: what predicts them
+    targets: Tensor  # [N], int64, the tokens that count
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -49,20 +50,21 @@ def pack(
     ids, _ = pad([[token for ids, _ in row for token in ids] for row in rows], pad_id)
     positions, _ = pad([[i for ids, _ in row for i in range(len(ids))] for row in rows], 0)
     mask, _ = pad([[m and i > 0 for _, mask in row for i, m in enumerate(mask)] for row in rows], False)
-    return Packed(*(x.to(device, non_blocking=True) for x in (ids, positions, mask)))
+    counted = mask.flatten().nonzero().squeeze(1)
+    found = ids, positions, counted - 1, ids.flatten()[counted]
+    return Packed(*(x.to(device, non_blocking=True) for x in found))
 
 
 class Spots(NamedTuple):
-    """Packed sequences of prompt and response, and where the response tokens are predicted."""
+    """Packed sequences of prompt and response, of which the response tokens count."""
 
-    packed: Packed  # its mask is True on the tokens whose next one is a response token
-    targets: Tensor  # [R, L], int64, the next token
-    at: Tensor  # [B, T], int64, where in R * L each response token is predicted; 0 where masked
+    packed: Packed
+    place: Tensor  # [B, T], int64, which of the N tokens that count each response token is; 0 where masked
     mask: Tensor  # [B, T], bool
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[R, L]`` values of the predictions as ``[B, T]``, 0 where masked."""
-        return torch.where(self.mask, values.flatten()[self.at], 0)
+        """``[N]`` values of the tokens that count as ``[B, T]``, 0 where masked."""
+        return torch.where(self.mask, values.index_select(0, self.place.flatten()).view(self.place.shape), 0)
 
 
 def spots(
@@ -83,25 +85,27 @@ def spots(
     room = sum(whole) if flat else max(whole)
     rows = first_fit(whole, room)
     source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
-    positions, predicts = torch.zeros_like(source), torch.zeros_like(source, dtype=torch.bool)
-    at = torch.zeros(mask.shape, dtype=torch.long)
+    positions, place = torch.zeros_like(source), torch.zeros(mask.shape, dtype=torch.long)
+    at: list[int] = []
     for r, row in enumerate(rows):
         start = 0
         for i in row:
             end, first = start + whole[i], start + prompts[i] - 1  # the prompt's last token predicts the first answer
             source[r, start:end] = torch.arange(i * width + before - prompts[i], i * width + before + answers[i])
             positions[r, start:end] = torch.arange(whole[i])
-            predicts[r, first : first + answers[i]] = True
-            at[i, : answers[i]] = torch.arange(r * room + first, r * room + first + answers[i])
+            place[i, : answers[i]] = torch.arange(len(at), len(at) + answers[i])
+            at += range(r * room + first, r * room + first + answers[i])
             start = end
-    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, predicts, at)]
-    packed = Packed(ids.flatten()[moved[0]], moved[1], moved[2])
-    return Spots(packed, packed.ids.roll(-1, 1), moved[3], mask)
+    places = torch.tensor(at or [0])  # one there must be, for the masked ones to point to
+    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, places, place)]
+    rows_of_ids = ids.flatten()[moved[0]]
+    packed = Packed(rows_of_ids, moved[1], moved[2], rows_of_ids.flatten()[moved[2] + 1])
+    return Spots(packed, moved[3], mask)
 
 
 def packed_values(model: Any, packed: Packed) -> Tensor:
-    """``[R, L]``, the scalar head at every token, in float32."""
-    return scalar_head(model, _packed_hidden(model, packed))
+    """``[N]``, the scalar head before every token that counts, in float32."""
+    return scalar_head(model, _predicting(_packed_hidden(model, packed), packed))
 
 
 def _packed_hidden(model: Any, packed: Packed) -> Tensor:
@@ -114,15 +118,26 @@ def _packed_hidden(model: Any, packed: Packed) -> Tensor:
 
 
 def packed_logits(model: Any, packed: Packed) -> Tensor:
-    """``[R, L, V]`` logits; those at a token are of the next one.
+    """``[N, V]`` logits of the tokens that count.
 
-    Where no mask is given transformers tells the sequences from the positions: by a block-diagonal mask, or by
-    flash-attn's kernels for sequences of different lengths.
+    No others are computed: the head of the model, within its own scaling and softcap, reads those N tokens alone. Where
+    no mask is given transformers tells the sequences from the positions: by a block-diagonal mask, or by flash-attn's
+    kernels for sequences of different lengths.
     """
-    with silent():  # it warns of padding without a mask, which no sequence sees
-        output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+    head = unwrap(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, hidden: (_predicting(hidden[0], packed)[None],))
+    try:
+        with silent():  # it warns of padding without a mask, which no sequence sees
+            output = model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False, return_dict=True)
+    finally:
+        hook.remove()
     logits: Tensor = output.logits
-    return logits
+    return logits[0]
+
+
+def _predicting(hidden: Tensor, packed: Packed) -> Tensor:
+    """``[N, H]``, of ``[R, L, H]`` those from which the tokens that count are predicted."""
+    return hidden.flatten(0, 1).index_select(0, packed.at)
 
 
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:

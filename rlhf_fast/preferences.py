@@ -184,6 +184,11 @@ def sequences(example: Pair | Ranked | Labelled) -> list[list[int]]:
     return [example.chosen, example.rejected] if isinstance(example, Pair) else example.answers
 
 
+def ends(example: Pair | Ranked | Labelled) -> list[list[int]]:
+    """The places in each of the ``sequences`` at which a score is read."""
+    return [example.ends] if isinstance(example, Labelled) else [[len(ids) - 1] for ids in sequences(example)]
+
+
 def collate(examples: list[Any], pad_id: int) -> Judged:
     """``examples`` of one kind, padded, all answers to a prompt side by side."""
     every = [ids for example in examples for ids in sequences(example)]
@@ -191,7 +196,7 @@ def collate(examples: list[Any], pad_id: int) -> Judged:
     for example in examples:
         answers = sequences(example)
         labelled = isinstance(example, Labelled)
-        places.append(example.ends if labelled else [len(ids) - 1 for ids in answers])
+        places.append([place for some in ends(example) for place in some])
         rows.append([first] * len(example.ends) if labelled else list(range(first, first + len(answers))))
         targets.append(_targets(example))
         first += len(answers)

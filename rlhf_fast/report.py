@@ -1,5 +1,6 @@
 """One HTML file about one run: its figures, curves and samples, with nothing to fetch and nothing to install."""
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
     note: str = ""
+    picture: Path | None = None  # a PNG to show below them, which becomes part of the page
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,14 @@ def _table(table: Table, *, titled: bool = True) -> str:
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     scroll = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     title = f"<h2>{escape(table.title)}</h2>" if titled else ""
-    return f"<section>{title}{scroll}{note}</section>"
+    return f"<section>{title}{scroll}{note}{_picture(table)}</section>"
+
+
+def _picture(table: Table) -> str:
+    if table.picture is None:
+        return ""
+    data = base64.b64encode(table.picture.read_bytes()).decode()
+    return f'<img alt="{escape(table.title)}" src="data:image/png;base64,{data}">'
 
 
 def _cell(cell: Any) -> str:
@@ -241,6 +250,7 @@ footer { margin-top: 40px }
 details { margin: 24px 0 0 }
 details summary { cursor: pointer; font-size: 1.15rem; font-weight: 700 }
 .charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)) }
+img { max-width: 100%; height: auto; margin: 12px 0 0; border-radius: 8px }
 figure { margin: 0; background: var(--card); border-radius: 8px; padding: 12px }
 figcaption { font-size: .9rem; margin: 0 0 6px }
 .key { margin-left: 12px; color: var(--soft); white-space: nowrap }

@@ -22,8 +22,10 @@ from rlhf_fast.ops.checks import check_choice
 from rlhf_fast.preferences import split_steps, step_tokens
 from rlhf_fast.pretrained import is_scalar, read_config
 from rlhf_fast.shaping import RunningMoments as RunningMoments
+from rlhf_fast.shaping import check_scores as check_scores
 from rlhf_fast.shaping import overlong_penalty as overlong_penalty
 from rlhf_fast.shaping import shape_rewards as shape_rewards
+from rlhf_fast.shaping import short
 
 COMBINATIONS = ("mean", "worst", "mean_minus_std")
 
@@ -98,7 +100,7 @@ def _culprit(
         try:
             reward(prompts[i : i + 1], responses[i : i + 1], **{name: c[i : i + 1] for name, c in columns.items()})
         except Exception:
-            return f"; prompt {i + 1} of {len(prompts)}: {_short(prompt)}, response {_short(responses[i])}"
+            return f"; prompt {i + 1} of {len(prompts)}: {short(prompt)}, response {short(responses[i])}"
     return "; on no prompt alone"
 
 
@@ -137,7 +139,7 @@ class ModelReward:
         Raises ``RewardError`` where a text exceeds its context, ``ValueError`` where it has a token that the model does
         not know.
         """
-        limit, device = context_length(self.model), next(self.model.parameters()).device
+        limit = context_length(self.model)
         texts, ends = [], []
         written = [None] * len(responses) if response_ids is None or not self.reads_tokens else response_ids
         for prompt, response, own in zip(prompts, responses, written, strict=True):
@@ -147,19 +149,10 @@ class ModelReward:
             if limit is not None and len(texts[-1]) > limit:
                 raise RewardError(
                     f"the reward model's context of {limit} tokens is too short for a prompt and response of "
-                    f"{len(texts[-1])}: {_short(prompt)}"
+                    f"{len(texts[-1])}: {short(prompt)}"
                 )
         check_tokens(self.model, self.tokenizer, texts)  # on a GPU an unknown token ends the process
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        scores = torch.zeros(len(texts), device=device)
-        with evaluating(self.model):
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                ids, mask = pad([texts[i] for i in rows], self.tokenizer.pad_token_id)
-                places, there = (x.to(device) for x in pad([ends[i] for i in rows], 0))
-                found = token_values(self.model, ids.to(device), mask.to(device)).gather(1, places)
-                scores[rows] = torch.where(there, found, torch.inf).amin(1).float()
-        return scores
+        return lowest_scores(self.model, texts, ends, self.tokenizer.pad_token_id, self.batch_size)
 
     def _read(self, response: str, own: list[int] | None) -> tuple[list[int], list[int]]:
         """The tokens of ``response``, its ``own`` if there are any, and the places at which a score is read."""
@@ -171,6 +164,24 @@ class ModelReward:
         else:  # a text has no special tokens either
             ids = [*(i for i in own if i not in self.special), self.tokenizer.eos_token_id]
         return ids, [len(ids) - 1]
+
+
+@torch.no_grad()
+def lowest_scores(
+    model: Any, texts: Sequence[list[int]], ends: Sequence[list[int]], pad_id: int, batch_size: int
+) -> Tensor:
+    """``[B]``, float32: the lowest of the scores that ``model`` gives at the places ``ends`` of each text."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores = torch.zeros(len(texts), device=device)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = pad([texts[i] for i in rows], pad_id)
+            places, there = (x.to(device) for x in pad([ends[i] for i in rows], 0))
+            found = token_values(model, ids.to(device), mask.to(device)).gather(1, places)
+            scores[rows] = torch.where(there, found, torch.inf).amin(1).float()
+    return scores
 
 
 class EnsembleReward:
@@ -195,6 +206,18 @@ class EnsembleReward:
         self.members, self.combine, self.caution = list(members), combine, caution
         self.rewards: list[Callable[..., Any]] = []
         self.uncertainty: Tensor | None = None
+
+    @property
+    def training_range(self) -> tuple[float, float] | None:
+        """That of its members: the mean of both numbers, of the worst the lowest mean; None where one has none.
+
+        What their disagreement takes off the combined score is not in it.
+        """
+        found = [getattr(reward, "training_range", None) for reward in self.rewards]
+        if not found or None in found:
+            return None
+        means, stds = zip(*found, strict=True)  # type: ignore[misc]
+        return min(means) if self.combine == "worst" else sum(means) / len(means), sum(stds) / len(stds)
 
     def load(self, tokenizer: Any = None, **options: Any) -> None:
         """Turn the members into ``rewards`` by ``load_reward``, whose arguments these are; the trainers do so."""
@@ -236,43 +259,6 @@ def token_readers(reward: Any) -> list[nn.Module]:
     return [member.model for member in members if isinstance(member, ModelReward) and member.reads_tokens]
 
 
-def check_scores(
-    scores: Any,
-    batch_size: int,
-    responses: Sequence[str] = (),
-    *,
-    prompts: Sequence[str] = (),
-    mask: Tensor | None = None,  # [B, T], bool
-) -> Tensor:
-    """What a reward returned as a float32 tensor, ``[B]`` or ``[B, T]``; with ``mask`` of its shape and on its device.
-
-    Raises ``TypeError`` if it is no list, array or tensor of numbers, ``ValueError`` if it has not one row per prompt
-    or if one that counts is NaN or infinite; the error names the prompt by its number and by its text or response.
-    """
-    try:
-        if isinstance(scores, (list, tuple)) and any(isinstance(score, Tensor) for score in scores):
-            scores = torch.stack([torch.as_tensor(score) for score in scores])
-        found = torch.as_tensor(scores).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        said = next(iter(str(error).splitlines()), "")
-        raise TypeError(f"the reward must return numbers, got {type(scores).__name__}: {said}") from None
-    if found.dim() == 0 or found.dim() > 2 or found.shape[0] != batch_size:
-        shape = list(found.shape)
-        raise ValueError(f"the reward must return one score for each of {batch_size} prompts, got shape {shape}")
-    if mask is not None and found.dim() == 2 and found.shape != mask.shape:
-        raise ValueError(f"the reward must return [B] or [B, T] of {list(mask.shape)}, got shape {list(found.shape)}")
-    found = found.float() if mask is None else found.to(mask.device, torch.float32)
-    valid = torch.ones_like(found, dtype=torch.bool) if mask is None or found.dim() == 1 else mask
-    wrong = (valid & ~found.isfinite()).nonzero()
-    if len(wrong):
-        row, value = int(wrong[0, 0]), found[tuple(wrong[0])].item()
-        texts = [f"{name} {_short(said[row])}" for name, said in (("prompt", prompts), ("response", responses)) if said]
-        raise ValueError(
-            f"the reward of prompt {row + 1} of {batch_size} is {value}{': ' if texts else ''}{', '.join(texts)}"
-        )
-    return found
-
-
 def _own_tokenizer(source: str | Path, tokenizer: Any) -> Any:
     try:
         return load_tokenizer(source)
@@ -280,7 +266,3 @@ def _own_tokenizer(source: str | Path, tokenizer: Any) -> Any:
         if tokenizer is None:
             raise
         return tokenizer
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:60]}…")

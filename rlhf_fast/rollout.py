@@ -41,6 +41,7 @@ class Rollout:
     kl: Tensor  # [B, T], nats, of policy and reference: exact, or the difference of their logprobs
     values: Tensor  # [B, T], in units of reward
     scores: Tensor | None = None  # [B] or [B, T], from the reward
+    uncertainty: Tensor | None = None  # [B], in units of reward, the standard deviation of an ensemble's scores
 
     @classmethod
     def begin(
@@ -156,7 +157,7 @@ def statistics(
     ``kl`` is the mean over the responses of the sum of ``rollout.kl`` over their tokens, in nats; ``mismatch`` the root
     of the mean square of what sampler and trainer differ in about the logprob of a token, where both computed it;
     ``rewards`` that of the token rewards, or of the ``[B]`` scores less the penalties; ``explained_variance`` the share
-    of the returns' variance that the values account for.
+    of the returns' variance that the values account for; ``uncertainty``, of an ensemble, by how much it disagrees.
     """
     mask = rollout.mask
     mismatch = masked_mean((rollout.old_logprobs - rollout.sampler_logprobs) ** 2, mask).sqrt()
@@ -168,6 +169,8 @@ def statistics(
         "response_length": mask.sum(1).float().mean(),
         "ended": rollout.ended.float().mean(),
     }
+    if rollout.uncertainty is not None:
+        found["uncertainty"] = rollout.uncertainty.mean()
     if returns is not None:
         unexplained, whole = (_variance(x, mask) for x in (returns - rollout.values, returns))
         found["explained_variance"] = 1 - unexplained / whole

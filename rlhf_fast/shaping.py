@@ -1,6 +1,7 @@
-"""How a score and the KL become one reward per token, and what else is taken from a score."""
+"""What becomes of what a reward says: checked scores, less the penalties and the KL, as one reward per token."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,3 +120,45 @@ class RunningMoments:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a ``state_dict``."""
         self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+
+
+def check_scores(
+    scores: Any,
+    batch_size: int,
+    responses: Sequence[str] = (),
+    *,
+    prompts: Sequence[str] = (),
+    mask: Tensor | None = None,  # [B, T], bool
+) -> Tensor:
+    """What a reward returned as a float32 tensor, ``[B]`` or ``[B, T]``; with ``mask`` of its shape and on its device.
+
+    Raises ``TypeError`` if it is no list, array or tensor of numbers, ``ValueError`` if it has not one row per prompt
+    or if one that counts is NaN or infinite; the error names the prompt by its number and by its text or response.
+    """
+    try:
+        if isinstance(scores, (list, tuple)) and any(isinstance(score, Tensor) for score in scores):
+            scores = torch.stack([torch.as_tensor(score) for score in scores])
+        found = torch.as_tensor(scores).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise TypeError(f"the reward must return numbers, got {type(scores).__name__}: {said}") from None
+    if found.dim() == 0 or found.dim() > 2 or found.shape[0] != batch_size:
+        shape = list(found.shape)
+        raise ValueError(f"the reward must return one score for each of {batch_size} prompts, got shape {shape}")
+    if mask is not None and found.dim() == 2 and found.shape != mask.shape:
+        raise ValueError(f"the reward must return [B] or [B, T] of {list(mask.shape)}, got shape {list(found.shape)}")
+    found = found.float() if mask is None else found.to(mask.device, torch.float32)
+    valid = torch.ones_like(found, dtype=torch.bool) if mask is None or found.dim() == 1 else mask
+    wrong = (valid & ~found.isfinite()).nonzero()
+    if len(wrong):
+        row, value = int(wrong[0, 0]), found[tuple(wrong[0])].item()
+        texts = [f"{name} {short(said[row])}" for name, said in (("prompt", prompts), ("response", responses)) if said]
+        raise ValueError(
+            f"the reward of prompt {row + 1} of {batch_size} is {value}{': ' if texts else ''}{', '.join(texts)}"
+        )
+    return found
+
+
+def short(text: str) -> str:
+    """``text`` in quotes, its beginning only if it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")

@@ -5,16 +5,16 @@ A peer that is a package is compared where it can be imported; without a GPU Tri
 
 from importlib.util import find_spec
 
-import bench_gae
-import bench_kl
-import bench_logprobs
-import bench_ppo_loss
-import bench_sample
 import pytest
 import torch
 from conftest import GPU
 
 from rlhf_fast import gae, kl, logprobs, sample, whiten
+from rlhf_fast.bench import gae as bench_gae
+from rlhf_fast.bench import kl as bench_kl
+from rlhf_fast.bench import logprobs as bench_logprobs
+from rlhf_fast.bench import ppo_loss as bench_ppo_loss
+from rlhf_fast.bench import sample as bench_sample
 
 DEVICE = "cuda" if GPU else "cpu"
 GPU_ONLY = ("quack", "flash_attn", "flashinfer")  # their kernels have no interpreter

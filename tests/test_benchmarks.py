@@ -1,42 +1,46 @@
 """The benchmarks' own machinery: rows, ratios, goals, charts, and the path of a GPU walked without one."""
 
 import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
-import bench_advantages
-import bench_gae
-import bench_kl
-import bench_logprobs
-import bench_ppo_loss
-import bench_sample
-import chart
-import goals
 import gpu_check
-import harness
 import pytest
-import record
 import torch
 from conftest import GPU
+
+from rlhf_fast import cli
+from rlhf_fast.bench import advantages as bench_advantages
+from rlhf_fast.bench import chart, compare, goals, harness, peers, record, suite
+from rlhf_fast.bench import gae as bench_gae
+from rlhf_fast.bench import kl as bench_kl
+from rlhf_fast.bench import logprobs as bench_logprobs
+from rlhf_fast.bench import ppo_loss as bench_ppo_loss
+from rlhf_fast.bench import sample as bench_sample
+from rlhf_fast.commands import SOURCES
+from rlhf_fast.flags import settings
 
 
 def test_a_peer_is_named_after_its_package_or_its_formula():
     notes = {}
     torch_label = f"Torch {torch.__version__}"
-    assert list(harness.package_or_formula("Torch", "torch", lambda: abs, None, notes)) == [torch_label]
-    assert harness.package_or_formula("Nobody", "no-such-package", lambda: abs, sum, notes) == {"Nobody's formula": sum}
+    assert list(peers.package_or_formula("Torch", "torch", lambda: abs, None, notes)) == [torch_label]
+    assert peers.package_or_formula("Nobody", "no-such-package", lambda: abs, sum, notes) == {"Nobody's formula": sum}
     assert notes == {}
-    assert harness.package_or_formula("Nobody", "no-such-package", lambda: abs, None, notes) == {}
+    assert peers.package_or_formula("Nobody", "no-such-package", lambda: abs, None, notes) == {}
     assert notes == {"Nobody": "not installed"}
 
     def broken():
         raise ImportError("no such symbol\nand more")
 
-    assert harness.package_or_formula("Torch", "torch", broken, sum, notes) == {"Torch's formula": sum}
+    assert peers.package_or_formula("Torch", "torch", broken, sum, notes) == {"Torch's formula": sum}
     assert notes["Torch"] == "its formula is measured, for ImportError: no such symbol"
 
 
 def test_a_row_by_hand(monkeypatch):
-    seconds = {"ours": 1e-3, "twice": 2e-3, "floor copy": 5e-4}
-    monkeypatch.setattr(harness, "interleave", lambda calls, device: {name: seconds[name] for name in calls})
+    times = {"ours": 1e-3, "twice": 2e-3, "floor copy": 5e-4}
+    monkeypatch.setattr(harness, "interleave", lambda calls, device, seconds: {name: times[name] for name in calls})
     monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(harness, "peak_bytes", lambda call, device: 2**20)
 
@@ -69,30 +73,191 @@ def test_inputs_take_turns():
     assert seen == [1, 2, 3, 1, 2]
 
 
-def test_an_interrupted_benchmark_keeps_its_rows(monkeypatch, tmp_path, capsys):
-    row = {"case": "64x1024", "us": 10.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 2.5, "peak MiB": None}
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(record, "devices", lambda: ["cpu"])
-    monkeypatch.setattr(record, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(record, "measure", lambda case, device, notes: row | {"ratios": {"verl's formula": 301.0}})
+ROW = {"case": "64x1024", "us": 10.0, "GB/s": 4.0, "% copy": 40.0, "/ copy": 2.5, "peak MiB": None}
 
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The suite without its clock: a row per op, as ``change`` has it, and no warm-up of the memory."""
+    changed = {}
+
+    def measure(case, device, notes, *, peers, seconds):
+        return ROW | {"case": case, "ratios": {"verl's formula": 301.0, "cpp": 0.9}} | changed
+
+    monkeypatch.setattr(record, "measure", measure)
+    monkeypatch.setattr(record, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(suite, "devices", lambda: ["cpu"])
+    monkeypatch.setattr(record, "touch_memory", lambda: None)
+    for module in (bench_gae, bench_kl):
+        monkeypatch.setattr(module, "cases", lambda device, notes: iter(["64x1024"]))
+    return changed
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(measured, monkeypatch, tmp_path, capsys):
     def cases(device, notes):
         notes["Somebody"] = "needs a GPU"
-        yield None
+        yield "64x1024"
         raise KeyboardInterrupt
 
-    record.run("gae", cases, "the remark")
-    written = record.known("cpu")["gae"]
+    monkeypatch.setattr(bench_gae, "cases", cases)
+    folder = tmp_path / "results"
+    assert cli.main(["bench", "--op", "gae,kl", "--out", str(folder)]) == 130
+    assert "kl" not in record.known(folder, "cpu")
+    assert (folder / "report.html").exists()
+    written = record.known(folder, "cpu")["gae"]
     assert [r["case"] for r in written["rows"]] == ["64x1024"]
     assert written["notes"] == {"Somebody": "needs a GPU", record.REST: "interrupted"}
     assert [(g["what"], g["met"]) for g in written["goals"]] == [
         ("64x1024, verl's time over ours", True),
-        ("64x1024, ours over a copy of the bytes", True),
+        ("64x1024, the kernel over a copy of the bytes", True),
     ]
     printed = capsys.readouterr().out
-    assert "the remark\n" in printed
+    assert f"{bench_gae.REMARK}\n" in printed
     assert "left out: Somebody: needs a GPU\n" in printed
     assert "C3 64x1024, verl's time over ours: 301 (goal ≥ 300) ✓\n" in printed
+
+
+def test_compare_tells_what_became_slower(measured, tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    run = ["bench", "--op", "gae,kl", "--device", "cpu", "--out"]
+    assert cli.main([*run, str(old)]) == 0
+    # Half the share of a copy, and peers at 0.6 of what they took beside ours: 1 / 0.6 is the lesser.
+    measured |= {"% copy": 20.0, "ratios": {"verl's formula": 180.6, "cpp": 0.9}}
+    assert cli.main([*run, str(new), "--compare", str(old), "--threshold", "1.6"]) == 1
+    printed = capsys.readouterr().out
+    assert "slower: gae 64x1024 on cpu: 1.67 times its earlier time\n" in printed
+    assert "2 of 2 cases are more than 1.6 times slower\n" in printed
+    page = (new / "report.html").read_text()
+    assert "✗ missed" in page
+    assert "1.67" in page
+    file = record.path_of(old, "cpu", ".json")
+    assert cli.main([*run, str(new), "--compare", str(file), "--threshold", "1.7"]) == 0
+    measured["ratios"] = {"cpp": 0.9}  # none that both have: by the copy alone
+    assert cli.main([*run, str(new), "--compare", str(file), "--threshold", "1.99"]) == 1
+    assert cli.main([*run, str(new), "--compare", str(new)]) == 0
+
+
+def test_a_faster_peer_or_copy_alone_is_no_regression():
+    def slower(share, ratio):
+        old, new = ({"case": "c", "% copy": s, "ratios": {"eager": r}} for s, r in ((40.0, 8.0), (share, ratio)))
+        return compare.change("cpu", "gae", old, new, 1.25)["slower"]
+
+    assert not slower(40.0, 2.0)
+    assert not slower(10.0, 8.0)
+    assert slower(10.0, 2.0)
+
+
+def test_gpu_check_benchmarks_every_op():
+    assert [step.name for step in gpu_check.benches()] == [f"bench_{op}" for op in suite.OPS]
+
+
+def old_file(folder, text):
+    folder.joinpath("old.json").write_text(text)
+    return str(folder / "old.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "gea"], "unknown op 'gea' (did you mean gae?)"),
+        (["--op", "gea"], "there are advantages, gae, kl"),
+        (["--device", "tpu"], "unknown device 'tpu': there are cpu and cuda"),
+        (["--device", "cuda"], "torch sees no GPU"),
+        (["--peers", "eager,trll"], "unknown peer 'trll' (did you mean"),
+        (["--peers", "flash-attn"], "the peer flash-attn is not installed: pip install flash-attn"),
+        (["--threshold", "1"], "BenchConfig.threshold must be above 1, got 1.0"),
+        (["--compare", "nowhere.json"], "nowhere.json: there is no such file"),
+        (["--compare", lambda folder: old_file(folder, "{")], "old.json: not a file of results (Expecting"),
+        (["--compare", lambda folder: old_file(folder, "[]")], "old.json: not a file of results (no object)"),
+        (["--compare", lambda folder: old_file(folder, "{}")], "old.json: not a file of results (it has no op)"),
+        (
+            ["--compare", lambda folder: old_file(folder, '{"gae": {"rows": [{"shape": "64"}]}}')],
+            "gae has a row without",
+        ),
+        (["--out", lambda folder: old_file(folder, "")], "is not a folder"),
+    ],
+)
+def test_bad_input_of_bench(measured, monkeypatch, tmp_path, capsys, arguments, said):
+    monkeypatch.setattr(peers, "version", lambda distribution: None)
+    arguments = [a(tmp_path) if callable(a) else a for a in arguments]
+    assert cli.main(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""  # before anything is measured
+
+
+def test_results_without_a_case_of_this_run_are_no_baseline(measured, tmp_path, capsys):
+    row = '{"case": "1x1", "% copy": 1.0, "ratios": {}}'
+    given = ["--op", "gae", "--out", str(tmp_path / "new"), "--compare"]
+    assert cli.main(["bench", *given, old_file(tmp_path, f'{{"gae": {{"rows": [{row}]}}}}')]) == 2
+    assert "no case of this run" in capsys.readouterr().err
+    assert cli.main(["bench", *given, old_file(tmp_path, f'{{"kl": {{"rows": [{row}]}}}}')]) == 2
+    assert "has no results of gae" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_docs_are_taken(measured, monkeypatch):
+    text = Path(__file__).parents[1].joinpath("docs", "bench.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^rlhf-fast (bench .*?) *(?:#.*)?$", text, re.MULTILINE)
+    assert len(commands) == 4
+    monkeypatch.setattr(peers, "version", lambda distribution: "1")
+    for command in commands:
+        sources, config = settings("bench", "", SOURCES["bench"], suite.BenchConfig, command.split()[1:])
+        assert set(suite.chosen_ops(sources["op"])) <= set(suite.OPS)
+        assert sources["out"] in ("rlhf-fast-bench", "now")
+        assert config.threshold == 1.25
+        peers.chosen_peers(sources["peers"])
+    for name in re.findall(r"`(\w[\w-]*)`", text.split("- **`--peers`** takes")[1].split("Without it")[0]):
+        assert name == "none" or name in peers.PEERS or "torch" in name
+
+
+def test_peers_are_chosen_by_name(monkeypatch):
+    monkeypatch.setattr(peers, "version", lambda distribution: "1.10.0")
+    assert peers.chosen_peers(None) is None
+    assert peers.chosen_peers("none") == ()
+    named = peers.chosen_peers("trl, Compile")
+    assert named == ("TRL", "compile")
+    labels = ("TRL 1.10.0", "TRL's formula", "compile", "eager", "cpp")
+    assert [peers.wanted(label, named) for label in labels] == [True, True, True, False, False]
+    assert all(peers.wanted(label, None) for label in labels)
+    assert not any(peers.wanted(label, ()) for label in labels)
+
+
+def test_the_whole_command_on_tiny_shapes(monkeypatch, tmp_path, capsys):
+    """Every op, timed for real, from the flags to the report."""
+    tiny = {
+        "advantages": lambda notes: bench_advantages.case(3, 17, "cpu", "k1"),
+        "gae": lambda notes: bench_gae.case(3, 17, "cpu", notes),
+        "kl": lambda notes: bench_kl.case(4, 33, torch.float32, "cpu", notes, backward=True),
+        "logprobs": lambda notes: bench_logprobs.case(4, 33, torch.float32, "cpu", notes, backward=False),
+        "ppo_loss": lambda notes: bench_ppo_loss.case(3, 17, "cpu", notes),
+        "sample": lambda notes: bench_sample.case("plain", 4, 64, torch.float32, "cpu", notes),
+    }
+    modules = (bench_advantages, bench_gae, bench_kl, bench_logprobs, bench_ppo_loss, bench_sample)
+    for module, make in zip(modules, tiny.values(), strict=True):
+        monkeypatch.setattr(module, "cases", lambda device, notes, make=make: iter([make(notes)]))
+    monkeypatch.setattr(record, "touch_memory", lambda: None)
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(record, "copy_bandwidth", lambda device: 10.0)
+    flags = ["--device", "cpu", "--peers", "eager,reference,pieces,TRL,cpp,vLLM", "--seconds", "0.002"]
+    monkeypatch.setattr(peers, "version", lambda distribution: "some")
+    assert cli.main(["bench", *flags, "--out", str(tmp_path)]) == 0
+    assert tuple(tiny) == suite.OPS
+    found = record.known(tmp_path, "cpu")
+    for op in suite.OPS:
+        (row,) = found[op]["rows"]
+        assert row["us"] > 0
+        assert row["% copy"] == pytest.approx(10 * row["GB/s"])
+        assert row["ratios"]
+        assert not any(name.startswith(("compile", "verl")) for name in row["ratios"])
+        assert not [why for why in found[op]["notes"].values() if "computes something else" in why]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == (len(suite.OPS) if find_spec("matplotlib") else 0)
+    for op in suite.OPS:
+        assert f"<h2>{op} on " in page
+    printed = capsys.readouterr().out
+    assert printed.startswith("rlhf_fast: ")
+    assert "kernels on cpu: advantages " in printed
 
 
 def test_gpu_check_shows_the_goals_of_this_run(monkeypatch):
@@ -106,7 +271,7 @@ def test_gpu_check_shows_the_goals_of_this_run(monkeypatch):
         "gae": of("G7"),
         "logprobs": of("G1"),
     }
-    monkeypatch.setattr(gpu_check, "known", lambda device: found)
+    monkeypatch.setattr(record, "known", lambda folder, device: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     results = {"bench_sample": "ok", "bench_kl": "over its 100 s", "bench_gae": "over its 100 s", "build": "ok"}
     assert [(g["goal"], g["met"]) for g in gpu_check.goals_of(results)] == [("G4", "✓"), ("G9", "✓")]
@@ -176,7 +341,7 @@ def test_a_chart_is_small(tmp_path):
 
 
 def test_figures_in_the_repository_belong_to_their_device():
-    files = list(record.RESULTS.glob("*.json"))
+    files = list(gpu_check.RESULTS.glob("*.json"))
     assert files
     for path in files:
         device = json.loads(path.read_text())["device"]
@@ -212,7 +377,7 @@ CASES_OF_A_GPU = {
 @pytest.mark.skipif(GPU, reason="here the benchmarks themselves walk it")
 @pytest.mark.parametrize("name", CASES_OF_A_GPU)
 def test_the_path_of_a_gpu(name, monkeypatch, capsys):
-    def take_turns(candidates, *, device):
+    def take_turns(candidates, *, device, seconds=None):
         for call in candidates.values():
             call()
         return {name: 1e-5 * (i + 1) for i, name in enumerate(candidates)}

@@ -39,7 +39,7 @@ LAYERS = (
     },
     {"metrics", "report", "trainers"},
     {"demo", "evaluation", "integrations"},
-    {"cli", "commands", "flags", "doctor", "sweep"},
+    {"cli", "commands", "flags", "doctor", "sweep", "bench"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
@@ -78,12 +78,12 @@ def ids(paths):
 
 def test_every_op_has_its_files():
     for op in OPS:
-        for path in (*files_of(op), ROOT / "tests" / "ops" / f"test_{op}.py"):
+        for path in (*files_of(op), PACKAGE / "bench" / f"{op}.py", ROOT / "tests" / "ops" / f"test_{op}.py"):
             assert path.exists(), f"{op} lacks {path.relative_to(ROOT)}"
 
 
 def test_the_worked_example_has_all_of_them():
-    for file in ("csrc/cpu/gae.cpp", "kernels/cuda/gae.cu", "kernels/triton/gae.py", "benchmarks/bench_gae.py"):
+    for file in ("csrc/cpu/gae.cpp", "kernels/cuda/gae.cu", "kernels/triton/gae.py", "rlhf_fast/bench/gae.py"):
         assert (ROOT / file).exists()
 
 

@@ -107,6 +107,7 @@ def test_logits_and_scores_are_those_of_transformers(name, tmp_path):
         expected = model.eval()(ids).logits
         assert torch.equal(token_logits(model, ids, mask), expected)
         assert_near(token_logits(model, ids, mask, keep=3), expected[:, -3:], 1e-6)
+        assert_near(token_logits(model, ids, mask, keep=3, final=False), expected[:, -3:-1], 1e-6)
         if name == "Gemma2":
             assert expected.abs().max() <= 2  # the softcap
         head = load_scalar_model(model)

@@ -33,10 +33,12 @@ def test_positions_and_masks_by_hand():
     packed = pack([SEQUENCES[:2], SEQUENCES[2:3]], 0, CPU)
     assert packed.ids.tolist() == [[5, 9, 3, 7, 8], [6, 6, 0, 0, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 0, 0]]
-    assert packed.mask.tolist() == [[False, True, True, True, False], [False, True, False, False, False]]
+    assert packed.at.tolist() == [0, 1, 2, 5]  # 8 and the first 6 are the first of their sequences
+    assert packed.targets.tolist() == [9, 3, 7, 6]
     flat = pack([SEQUENCES[:2], SEQUENCES[2:3]], 0, CPU, flat=True)
     assert flat.ids.tolist() == [[5, 9, 3, 7, 8, 6, 6]]
     assert flat.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1]]
+    assert (flat.at.tolist(), flat.targets.tolist()) == ([0, 1, 2, 5], [9, 3, 7, 6])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -46,10 +48,12 @@ def test_no_sequence_sees_another(make, flat, attention):
     model = make().double().eval()
     model.set_attn_implementation(attention)
     packed = pack([SEQUENCES[:3], SEQUENCES[3:]], 0, CPU, flat=flat)
-    logits = packed_logits(model, packed).flatten(0, 1)
-    found = logits if flat else logits[[*range(7), *range(7, 14)]]
-    expected = [token_logits(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0] for ids, _ in SEQUENCES]
-    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-10)
+    found = packed_logits(model, packed)
+    expected = []
+    for ids, mask in SEQUENCES:
+        logits = token_logits(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0]
+        expected += [logits[i - 1] for i in range(1, len(ids)) if mask[i]]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-10)
 
 
 def test_a_model_whose_sequences_would_see_each_other_is_refused():

@@ -85,7 +85,8 @@ def sequence_kl(model: Any, reference: Any, rollout: Rollout, temperature: float
     """
     keep = rollout.mask.shape[1] + 1
     with models.evaluating(model), models.evaluating(reference):
-        both = [models.token_logits(m, rollout.ids, rollout.attention, keep=keep)[:, :-1] for m in (model, reference)]
+        read = (rollout.ids, rollout.attention)
+        both = [models.token_logits(m, *read, keep=keep, final=False) for m in (model, reference)]
     return ops.kl(*both, temperature=temperature or 1.0, mask=rollout.mask).kl.sum(1)
 
 

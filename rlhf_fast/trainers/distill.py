@@ -3,7 +3,6 @@
 Hinton et al. 2015; on the student's own samples Agarwal et al. 2024, "GKD", and Gu et al. 2024, "MiniLLM".
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -14,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import columns, data, models
+from rlhf_fast import columns, data, models, ops
 from rlhf_fast.data import read_records
-from rlhf_fast.losses import distill_loss, group_advantages
+from rlhf_fast.losses import distill_loss, group_advantages, whiten
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
-from rlhf_fast.rewards import RewardError, ask, check_scores, load_reward
-from rlhf_fast.trainers import checkpoint, learning, offline, online
+from rlhf_fast.rewards import RewardError, load_reward, token_readers
+from rlhf_fast.trainers import learning, offline, online, processes, scoring
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.run import Run, check_folder
+
+#: This process's responses in parts for one forward pass each, their advantages and statistics of the whole batch.
+Batch = tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ class DistillTrainer:
         data: given responses: a path, a list of dicts or a ``datasets.Dataset`` as for ``SFTTrainer``.
         prompts: in place of ``data``, prompts that the student answers itself at every step.
         reward: a path or module with a scalar head, or ``callable(prompts, responses, **columns)`` that returns one
-            score per response. Standardised over the batch it is the advantage of a policy gradient beside the
-            divergence. Given responses need the columns ``prompt`` and ``response`` for it.
+            score per response, ``[B]``, or one per token, ``[B, T]``; a list of these or an ``EnsembleReward``.
+            Standardised over the batch it is the advantage of a policy gradient beside the divergence; of rewards per
+            token the sum of those that are still to come. Given responses need the columns ``prompt`` and ``response``
+            for it.
         output_dir: the folder of the run; nothing is written without it.
         config: a ``DistillConfig``.
         tokenizer: needed if ``model`` is a module.
@@ -106,8 +110,11 @@ class DistillTrainer:
         both = (student, self.teacher)
         lengths = [n for m in both if (n := models.allowed_length(m, c.max_length))]
         self.max_length = min(lengths, default=None)
+        self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
         if self.own:
-            self.examples: list[Any] = online.tokenise(records, self.tokenizer, dict.fromkeys(both, 0), c)
+            # A reward model that reads the student's tokens reads an end token after every response, too.
+            readers = dict.fromkeys(both, 0) | dict.fromkeys(token_readers(self.reward), 1)
+            self.examples: list[Any] = online.tokenise(records, self.tokenizer, readers, c)
         else:
             self.examples = self._tokenise(records)
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
@@ -115,7 +122,6 @@ class DistillTrainer:
         for each in both:
             models.check_tokens(each, self.tokenizer, (example.ids for example in given))
         check_vocabulary(student, self.teacher, teacher, self.tokenizer)
-        self.reward = None if reward is None else load_reward(reward, self.tokenizer, device=self.device)
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
         self.model = learning.trainable(student, self.device, c)
         self.teacher = models.frozen_copy(self.teacher).to(self.device)
@@ -140,124 +146,130 @@ class DistillTrainer:
 
     def batches(self) -> Iterator[list[Any]]:
         """The batches of examples or prompts that are left, in the order of the seed."""
-        c = self.config
-        if self.own:
-            return online.batches(self.examples, c, self.done)
-        return itertools.islice(epochs(self.examples, c.batch_size, c.epochs, c.seed), self.done, None)
+        return online.batches(self.examples, self.config, self.done) if self.own else offline.batches(self)
 
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean over the response tokens of ``batch``; returns its statistics."""
-        c = self.config
-        total: dict[str, Tensor] = {}
-        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         try:
-            parts, scores, stats = self.written(batch) if self.own else self.given(batch)
+            parts, advantages, stats = self.written(batch) if self.own else self.given(batch)
         except RewardError as error:
-            if not c.skip_failed_rewards:
+            if not self.config.skip_failed_rewards:
                 raise
             warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
             self.done, self.skipped = self.done + 1, self.skipped + 1
             return {"skipped": float(self.skipped)}
-        tokens = torch.stack([part.mask.sum() for part in parts]).sum()
-        rows = torch.arange(len(batch), device=self.device).split([len(part.mask) for part in parts])
-        advantages = None if scores is None else group_advantages(scores, torch.zeros_like(scores, dtype=torch.long))
-        for part, at in zip(parts, rows, strict=True):
-            loss, divergence = self.loss(part, None if advantages is None else advantages[at], tokens)
-            self.accelerator.backward(loss)
-            for name, value in (("loss", loss.detach()), ("divergence", divergence)):
-                total[name] = total.get(name, 0) + value
-        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        stats |= {} if scores is None else {"scores": scores.mean()}
-        numbers = learning.numbers(total | stats | {"grad_norm": norms[0], "tokens": tokens})
-        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"]])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done, self.updates = self.done + 1, self.updates + 1
-        return numbers | {"lr": rate} | ({"skipped": float(self.skipped)} if self.reward else {})
+        tokens = int(stats["tokens"])
+        total = offline.summed(self.losses(parts, advantages, tokens), self.accelerator.backward)
+        numbers = offline.update(self, total | stats)
+        return numbers | ({} if self.reward is None else {"skipped": float(self.skipped)})
 
-    def given(self, batch: list[data.Example]) -> tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]:
-        """Given responses in parts for one forward pass each, and their scores ``[B]`` if there is a reward."""
-        size = self.config.micro_batch_size or len(batch)
-        parts = [self.collate(batch[i : i + size]) for i in range(0, len(batch), size)]
-        if self.reward is None:
-            return parts, None, {}
-        asked, answers, more = zip(*(self.said[example.place] for example in batch), strict=True)
-        names = dict.fromkeys(name for columns in more for name in columns)
-        return parts, self.scores(asked, answers, {n: [columns.get(n) for columns in more] for n in names}), {}
-
-    @torch.no_grad()
-    def written(self, batch: list[data.Prompt]) -> tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]:
-        """Responses that the student writes to ``batch``, as in ``given``, and what they look like."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
-        rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
-        chosen = [rollout.select(rows) for rows in torch.arange(len(batch)).split(size)]
-        parts = [offline.Answers(part.ids, part.attention, part.responses, part.mask) for part in chosen]
-        stats = {"response_length": rollout.mask.sum(1).float().mean(), "ended": rollout.ended.float().mean()}
+    def given(self, batch: list[data.Example]) -> Batch:
+        """Given responses."""
+        mine = processes.share(batch)
+        parts = [self.collate(part) for part in learning.split(mine, self.config.micro_batch_size)]
+        stats = {"tokens": torch.tensor(offline.count(batch))}
         if self.reward is None:
             return parts, None, stats
-        return parts, self.scores(rollout.prompts, rollout.texts, rollout.columns), stats
+        texts = None
+        if mine:
+            prompts, answers, columns = (list(x) for x in zip(*(self.said[e.place] for e in mine), strict=True))
+            names = dict.fromkeys(name for record in columns for name in record)
+            texts = (prompts, answers, {n: [record.get(n) for record in columns] for n in names})
+        scores, uncertainty = scoring.said(self.reward, texts, self.collate(mine).mask, self.config.precision)
+        mask = self.collate(batch).mask
+        return parts, advantages(scores, mask), stats | score_statistics(scores, mask, uncertainty)
 
-    def scores(self, asked: Any, answers: Any, more: dict[str, list[Any]]) -> Tensor:
-        """What the reward says, ``[B]``, raw."""
-        asked, answers = list(asked), list(answers)
-        assert self.reward is not None
-        with torch.no_grad(), learning.autocast(self.device, self.config.precision):
-            said = ask(self.reward, asked, answers, more)
-        found = check_scores(said, len(asked), answers, prompts=asked).to(self.device)
-        if found.dim() != 1:
-            raise ValueError(f"the reward must return one score per response, got shape {list(found.shape)}")
-        return found
+    @torch.no_grad()
+    def written(self, batch: list[data.Prompt]) -> Batch:
+        """Responses that the student writes to the prompts of ``batch``."""
+        c = self.config
+        rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
+        mine = processes.share(torch.arange(len(batch)))
+        chosen = [rollout.select(rows) for rows in mine.split(c.micro_batch_size or len(batch)) if len(rows)]
+        parts = [offline.Answers(part.ids, part.attention, part.responses, part.mask) for part in chosen]
+        stats = {"tokens": rollout.lengths.sum(), "ended": rollout.ended.float().mean()}
+        stats["response_length"] = rollout.lengths.float().mean()
+        if self.reward is None:
+            return parts, None, stats
+        scores = scoring.raw(self.reward, rollout, c.precision)
+        return (
+            parts,
+            advantages(scores, rollout.mask),
+            stats | score_statistics(scores, rollout.mask, rollout.uncertainty),
+        )
+
+    def losses(
+        self, parts: list[offline.Answers], advantages: Tensor | None, tokens: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """The ``loss`` of each of ``parts``, this process's share, whose ``advantages`` are ``[b]`` or ``[b, T]``."""
+        first = 0
+        for part in parts:
+            gain = None if advantages is None else advantages[first : first + len(part.mask)]
+            yield self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, : part.mask.shape[1]], tokens)
+            first += len(part.mask)
 
     def collate(self, part: list[data.Example]) -> offline.Answers:
         """The sequences of ``part`` on the model's device."""
         sequences, masks = [example.ids for example in part], [example.mask for example in part]
         return offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.device)
 
-    def loss(self, answers: offline.Answers, advantages: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What some responses, with ``advantages [B]``, add to the loss and the divergence of ``tokens`` tokens."""
+    def loss(self, answers: offline.Answers, advantages: Tensor | None, tokens: int) -> dict[str, Tensor]:
+        """What some responses add to the ``loss`` and the ``divergence`` of ``tokens`` tokens."""
         c = self.config
         student = offline.logits(self.model, answers, c.precision)
         with torch.no_grad():
             teacher = offline.logits(self.teacher, answers, c.precision)
         alike = min(student.shape[-1], teacher.shape[-1])  # a head may have rows for no token, to be a round number
         student, teacher = student[..., :alike], teacher[..., :alike]
-        soft: dict[str, Any] = {"temperature": c.soft_temperature, "kind": c.kind, "denominator": tokens.clamp(min=1)}
+        soft: dict[str, Any] = {"temperature": c.soft_temperature, "kind": c.kind, "denominator": max(tokens, 1)}
         gain: dict[str, Any] = {} if advantages is None else {"advantages": advantages, "ids": answers.responses}
         loss = distill_loss(student, teacher, answers.mask, alpha=c.alpha, **soft, **gain)
         if advantages is None and c.alpha:
-            return loss, loss.detach() / (c.alpha * c.soft_temperature**2)
+            return {"loss": loss, "divergence": loss.detach() / (c.alpha * c.soft_temperature**2)}
         with torch.no_grad():
-            return loss, distill_loss(student, teacher, answers.mask, **soft) / c.soft_temperature**2
+            divergence = distill_loss(student, teacher, answers.mask, **soft) / c.soft_temperature**2
+        return {"loss": loss, "divergence": divergence}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_divergence``, the mean over the response tokens of the held-out data, in nats."""
         size = self.config.micro_batch_size or self.config.batch_size
-        parts = [self.collate(self.eval_examples[i : i + size]) for i in range(0, len(self.eval_examples), size)]
-        tokens = torch.stack([part.mask.sum() for part in parts]).sum()
-        return {"eval_divergence": torch.stack([self.loss(part, None, tokens)[1] for part in parts]).sum().item()}
+        mine = learning.split(processes.share(self.eval_examples), size)
+        found = offline.summed(self.loss(self.collate(part), None, offline.count(self.eval_examples)) for part in mine)
+        return {"eval_divergence": found["divergence"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""
-        every = self.config.eval_every
-        due = step == self.steps or (every and step % every == 0)
-        return self.evaluate() if self.eval_examples and due else {}
+        return self.evaluate() if offline.due(self, step) else {}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        self.save_model(folder)
-        kept = {"step": self.done, "updates": self.updates, "skipped": self.skipped}
-        checkpoint.save_state(folder, self.optimizer, kept, self.examples)
+        offline.save(self, folder, skipped=self.skipped)
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
-        models.restore(self.model, folder)
-        kept = checkpoint.load_state(folder, self.optimizer, self.examples)
-        self.done, self.updates, self.skipped = kept["step"], kept["updates"], kept["skipped"]
+        self.skipped = offline.restore(self, folder)["skipped"]
 
     def save_model(self, folder: Path) -> None:
         """Write the student and its tokenizer as ``save_pretrained`` does."""
         models.save(self.model, self.tokenizer, folder)
+
+
+def advantages(
+    scores: Tensor,  # [B], or [B, T]
+    mask: Tensor,  # [B, T], bool
+) -> Tensor:
+    """This process's share of the standardised scores, or, per token, of the sums of the rewards still to come."""
+    if scores.dim() == 1:
+        return processes.share(group_advantages(scores, torch.zeros_like(scores, dtype=torch.long)))
+    to_go, _ = ops.gae(scores, torch.zeros_like(scores), mask, gamma=1.0, lam=1.0)
+    return processes.share(whiten(to_go, mask))
+
+
+def score_statistics(scores: Tensor, mask: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
+    """The mean score of a response and, of an ensemble, the mean of what its members disagree by."""
+    sums = scores if scores.dim() == 1 else torch.where(mask, scores, 0).sum(1)
+    return {"scores": sums.mean()} | ({} if uncertainty is None else {"uncertainty": uncertainty.mean()})
 
 
 def check_vocabulary(student: Any, teacher: Any, source: Any, tokenizer: Any) -> None:

@@ -15,10 +15,10 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.losses.preference import DPO_KINDS
 from rlhf_fast.sharing import check_share, freeze, shared_copy, with_adapters
-from rlhf_fast.trainers import checkpoint, learning, offline
+from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.run import Run, check_folder
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class DPOTrainer:
         self.reference = self.model if reference is None else models.load_policy(reference)
         lengths = [n for m in (self.model, self.reference) if (n := models.allowed_length(m, c.max_length))]
         self.max_length = min(lengths, default=None)
-        self.pairs = self._tokenise(records)
-        self.eval_pairs = self._tokenise(eval_records) if eval_records else []
+        self.examples = self._tokenise(records)
+        self.eval_examples = self._tokenise(eval_records) if eval_records else []
         for each in (self.model, self.reference):
-            answers = ((pair.chosen, pair.rejected) for pair in [*self.pairs, *self.eval_pairs])
+            answers = ((pair.chosen, pair.rejected) for pair in [*self.examples, *self.eval_examples])
             models.check_tokens(each, self.tokenizer, itertools.chain.from_iterable(answers))
         self.model = learning.trainable(self.model, self.device, c)
         freeze(self.model, c.share)
@@ -108,7 +108,7 @@ class DPOTrainer:
         if c.share == "lora":
             self.model = with_adapters(self.model, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
-        self.steps = c.epochs * math.ceil(len(self.pairs) / c.batch_size)
+        self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
 
     def _tokenise(self, records: list[data.Record]) -> list[data.Pair]:
@@ -118,12 +118,17 @@ class DPOTrainer:
     @torch.no_grad()
     def _read_all(self, reference: nn.Module) -> None:
         """Ask ``reference`` about every pair, neighbours of one length together."""
-        pairs = sorted([*self.pairs, *self.eval_pairs], key=lambda pair: max(len(pair.chosen), len(pair.rejected)))
+        pairs = sorted(
+            [*self.examples, *self.eval_examples], key=lambda pair: max(len(pair.chosen), len(pair.rejected))
+        )
         size = self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            said = self.logprobs(reference, self.collate(part)).double().T.tolist()
-            self.known |= {id(pair): (first, second) for pair, (first, second) in zip(part, said, strict=True)}
+
+        def said() -> list[list[float]]:
+            parts = learning.split(processes.share(pairs), size)
+            return [x for part in parts for x in self.logprobs(reference, self.collate(part)).double().T.tolist()]
+
+        every = itertools.chain.from_iterable(processes.gathered(said))
+        self.known = {id(pair): (first, second) for pair, (first, second) in zip(pairs, every, strict=True)}
 
     def train(self, *, resume: bool = False) -> dict[str, float]:
         """Run every step and leave the policy in ``output_dir``; returns the last metrics.
@@ -137,26 +142,16 @@ class DPOTrainer:
 
     def batches(self) -> Iterator[list[data.Pair]]:
         """The shuffled pairs of every epoch in batches; those that are left."""
-        every = epochs(self.pairs, self.config.batch_size, self.config.epochs, self.config.seed)
-        return itertools.islice(every, self.done, None)
+        return offline.batches(self)
 
     def step(self, batch: list[data.Pair]) -> dict[str, float]:
         """One optimizer step on the mean loss of the pairs of ``batch``; returns its statistics."""
-        c, size = self.config, self.config.micro_batch_size or len(batch)
-        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        total: dict[str, Tensor] = {}
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            stats = self.loss(part, len(part) / len(batch))
-            self.accelerator.backward(stats["loss"])
-            total = {name: total.get(name, 0) + value.detach() for name, value in stats.items()}
-        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        numbers = learning.numbers(total | {"grad_norm": norms[0]})
-        learning.check_finite(self.optimizer, numbers["loss"], [numbers["grad_norm"]])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done, self.updates = self.done + 1, self.updates + 1
-        return numbers | {"lr": rate}
+        return offline.update(self, offline.summed(self.losses(batch), self.accelerator.backward))
+
+    def losses(self, pairs: list[data.Pair]) -> Iterator[dict[str, Tensor]]:
+        """What ``pairs`` add to their mean loss and statistics, ``micro_batch_size`` of this process's at a time."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        return (self.loss(part, len(part) / len(pairs)) for part in learning.split(processes.share(pairs), size))
 
     def loss(self, part: list[data.Pair], share: float) -> dict[str, Tensor]:
         """What ``part``, the ``share`` of a batch, adds to its mean loss and statistics, 0-d each.
@@ -197,28 +192,20 @@ class DPOTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The statistics of ``loss`` over the held-out pairs, ``eval_`` before each name."""
-        size, count = self.config.micro_batch_size or self.config.batch_size, len(self.eval_pairs)
-        parts = [self.eval_pairs[i : i + size] for i in range(0, count, size)]
-        found = [self.loss(part, len(part) / count) for part in parts]
-        total = {name: torch.stack([stats[name] for stats in found]).sum() for name in found[0]}
-        return {f"eval_{name}": value for name, value in learning.numbers(total).items()}
+        found = learning.numbers(offline.summed(self.losses(self.eval_examples)))
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""
-        every = self.config.eval_every
-        due = step == self.steps or (every and step % every == 0)
-        return self.evaluate() if self.eval_pairs and due else {}
+        return self.evaluate() if offline.due(self, step) else {}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        self.save_model(folder)
-        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.pairs)
+        offline.save(self, folder)
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
-        models.restore(self.model, folder)
-        numbers = checkpoint.load_state(folder, self.optimizer, self.pairs)
-        self.done, self.updates = numbers["step"], numbers["updates"]
+        offline.restore(self, folder)
 
     def save_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as ``save_pretrained`` does."""

@@ -18,10 +18,9 @@ DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 UNSUPPORTED = "each process holds the whole model (docs/scale.md)"
 
 
-def accelerator(*, parallel: bool = False) -> Any:
+def accelerator() -> Any:
     """Accelerate's view of this process: its device, its backward and its clipping.
 
-    ``parallel``: the trainer takes its share of a batch where there are several processes (``processes``).
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
     float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
     trainers cannot do, ``ModuleNotFoundError`` where one of ``PACKAGES`` is absent.
@@ -33,8 +32,6 @@ def accelerator(*, parallel: bool = False) -> Any:
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
     if kind not in DISTRIBUTED:
         raise ValueError(f"the trainers run data parallel, and Accelerate was set up for {kind}: {UNSUPPORTED}")
-    if found.num_processes > 1 and not parallel:
-        raise ValueError(f"this trainer runs in one process, and Accelerate was started with {found.num_processes}")
     if found.gradient_accumulation_steps > 1:  # it would divide every loss once more
         raise ValueError("set micro_batch_size, and leave Accelerate's gradient_accumulation_steps at 1")
     if found.mixed_precision not in ("no", "bf16"):

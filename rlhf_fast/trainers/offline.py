@@ -1,13 +1,87 @@
-"""What the trainers share that learn from given answers: sequences in, logits and logprobs of their answers out."""
+"""What the trainers share that learn from given answers: batches, one step, and the logprobs of answers.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+``trainer`` has ``config``, ``model``, ``optimizer``, ``accelerator``, ``examples``, ``eval_examples``, ``steps`` (of
+the whole run), ``done`` and ``updates`` (those taken) and ``save_model(folder)``.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast import data, models, ops
-from rlhf_fast.trainers import learning
+from rlhf_fast.trainers import checkpoint, learning, processes
+from rlhf_fast.trainers.run import epochs
+
+
+def batches(trainer: Any) -> Iterator[list[Any]]:
+    """The shuffled examples of every epoch in batches; those that are left."""
+    c = trainer.config
+    return itertools.islice(epochs(trainer.examples, c.batch_size, c.epochs, c.seed), trainer.done, None)
+
+
+def count(examples: list[data.Example]) -> int:
+    """The tokens of ``examples`` to learn; the very first of a sequence is none, for nothing predicts it."""
+    return sum(sum(example.mask[1:]) for example in examples)
+
+
+def summed(parts: Iterable[dict[str, Tensor]], backward: Callable[[Tensor], Any] | None = None) -> dict[str, Tensor]:
+    """The sum over ``parts``, computed one by one, and over the processes, each of which has its own.
+
+    With ``backward`` the ``loss`` of each part leaves its gradient in the weights.
+    """
+
+    def part() -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for stats in parts:
+            if backward is not None:
+                backward(stats["loss"])
+            total = {name: total.get(name, 0) + value.detach() for name, value in stats.items()}
+        return total
+
+    return processes.summed(part)
+
+
+def update(trainer: Any, total: dict[str, Tensor]) -> dict[str, float]:
+    """One optimizer step with the gradient in the weights, which is clipped and checked.
+
+    ``total`` are the statistics of the batch, 0-d each, among them its ``loss``; returns them as numbers, with
+    ``grad_norm`` and ``lr``.
+    """
+    c, optimizer = trainer.config, trainer.optimizer
+    rate = learning.set_rate(optimizer, c.schedule, trainer.done, trainer.steps, c.warmup_ratio)
+    norms = learning.clip_gradients(trainer.accelerator, [trainer.model], c.max_grad_norm)
+    total = {name: value.to(norms.device) for name, value in total.items()}
+    stats = learning.numbers(total | {"grad_norm": norms[0]})  # the only wait for the device
+    learning.check_finite(optimizer, stats["loss"], [stats["grad_norm"]])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    trainer.done, trainer.updates = trainer.done + 1, trainer.updates + 1
+    return stats | {"lr": rate}
+
+
+def due(trainer: Any, step: int) -> bool:
+    """Whether there is something to evaluate on, and ``step`` is one after which that happens."""
+    every = trainer.config.eval_every
+    return bool(trainer.eval_examples) and (step == trainer.steps or (every > 0 and step % every == 0))
+
+
+def save(trainer: Any, folder: Path, **numbers: Any) -> None:
+    """Write a checkpoint: the model, the optimizer, how many steps are taken, and further ``numbers``."""
+    trainer.save_model(folder)
+    kept = {"step": trainer.done, "updates": trainer.updates, **numbers}
+    checkpoint.save_state(folder, trainer.optimizer, kept, trainer.examples)
+
+
+def restore(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Go back to the state of a checkpoint; returns its numbers."""
+    models.restore(trainer.model, folder)
+    kept = checkpoint.load_state(folder, trainer.optimizer, trainer.examples)
+    trainer.done, trainer.updates = kept["step"], kept["updates"]
+    return kept
 
 
 class Answers(NamedTuple):
@@ -47,8 +121,8 @@ def answered(sequence: list[int], prompt_length: int) -> list[bool]:
 def logits(model: nn.Module, answers: Answers, precision: str) -> Tensor:
     """``[N, T, V]``, at each token of the answers the logits that predict it."""
     with learning.autocast(answers.ids.device, precision):
-        found = models.token_logits(model, answers.ids, answers.attention, keep=answers.mask.shape[1] + 1)
-    return found[:, :-1]
+        keep = answers.mask.shape[1] + 1
+        return models.token_logits(model, answers.ids, answers.attention, keep=keep, final=False)
 
 
 def logprobs(model: nn.Module, answers: Answers, precision: str) -> Tensor:

@@ -256,14 +256,15 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     return numbers
 
 
-def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor, Tensor, Callable]:
+def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor, Tensor | None, Callable]:
     """Logits, the tokens that they predict, which of these count, and what brings results to ``[B, T]``."""
     with learning.autocast(rollout.mask.device, config.precision):
         if config.packing:
             spots = _spots(model, rollout)
-            return packing.packed_logits(model, spots.packed), spots.targets, spots.packed.mask, spots.spread
-        logits = models.token_logits(model, rollout.ids, rollout.attention, keep=rollout.mask.shape[1] + 1)
-    return logits[:, :-1], rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
+            return packing.packed_logits(model, spots.packed), spots.packed.targets, None, spots.spread
+        keep = rollout.mask.shape[1] + 1
+        logits = models.token_logits(model, rollout.ids, rollout.attention, keep=keep, final=False)
+    return logits, rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
 
 
 def _spots(model: nn.Module, rollout: Rollout) -> packing.Spots:

@@ -123,7 +123,7 @@ class PPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
-        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator(parallel=True)
+        self.output_dir, self.generator, self.accelerator = output_dir, generator, learning.accelerator()
         device = self.device = self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)

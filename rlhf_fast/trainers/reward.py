@@ -4,7 +4,6 @@ Four kinds, told apart by the columns of the data: pairs (Bradley–Terry; Stien
 2022), labels, and labels of every step of an answer (Lightman et al. 2023).
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
 from rlhf_fast.losses.reward import RANKINGS
 from rlhf_fast.preferences import Judged
-from rlhf_fast.trainers import checkpoint, learning, processes
+from rlhf_fast.trainers import checkpoint, learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.margins import histogram, merged, seen, statistics
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.run import Run, check_folder
 from rlhf_fast.trainers.watch import note_range
 
 LIVE = ("loss", "accuracy", "eval_accuracy")
@@ -102,7 +101,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
@@ -147,22 +146,12 @@ class RewardTrainer:
 
     def batches(self) -> Iterator[list[Any]]:
         """The shuffled records of every epoch in batches; those that are left."""
-        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
-        return itertools.islice(every, self.done, None)
+        return offline.batches(self)
 
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
-        c = self.config
-        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
         found = self.read(batch, learn=True)
-        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        known = {"loss": found["loss"].sum(), "grad_norm": norms[0].to(found["loss"].device)}
-        stats = learning.numbers(known | statistics(self.kind, found)[0])
-        learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done, self.updates = self.done + 1, self.updates + 1
-        return stats | {"lr": rate}
+        return offline.update(self, {"loss": found["loss"].sum()} | statistics(self.kind, found)[0])
 
     def read(self, examples: list[Any], *, learn: bool = False) -> dict[str, Tensor]:
         """What is ``seen`` of ``examples``, and the ``loss`` of each micro-batch; every process reads its share.
@@ -237,10 +226,9 @@ class RewardTrainer:
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Normalise at the end, evaluate where it is due."""
-        every, last = self.config.eval_every, step == self.steps
-        if last and self.config.normalise:
+        if step == self.steps and self.config.normalise:
             self.normalise()
-        if not self.eval_examples or not (last or (every and step % every == 0)):
+        if not offline.due(self, step):
             return {}
         stats, margins = self._judge(self.eval_examples)
         run.append("margins.jsonl", step, histogram(margins))
@@ -266,7 +254,8 @@ class RewardTrainer:
         The shift of ``normalise`` is ``score_shift`` in config.json, which ``models.token_values`` adds and
         transformers' own forward does not: there the scores differ from ours by this constant.
         """
-        if self.done == self.steps and self.kind != "process":  # of whose scores the lowest counts
+        if self.done == self.steps:
             answers = [ids for example in self.examples[:512] for ids in preferences.sequences(example)]
-            note_range(self.model, answers, self.tokenizer.pad_token_id)
+            ends = [places for example in self.examples[:512] for places in preferences.ends(example)]
+            note_range(self.model, answers, ends, self.tokenizer.pad_token_id)
         models.save(self.model, self.tokenizer, folder)

@@ -14,10 +14,10 @@ from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
-from rlhf_fast.trainers import checkpoint, learning, offline
+from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.run import Run, check_folder
 
 
 @dataclass(frozen=True)
@@ -104,32 +104,24 @@ class RRHFTrainer:
 
     def batches(self) -> Iterator[list[data.Ranked]]:
         """The shuffled prompts of every epoch in batches; those that are left."""
-        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
-        return itertools.islice(every, self.done, None)
+        return offline.batches(self)
 
     def step(self, batch: list[data.Ranked]) -> dict[str, float]:
         """One optimizer step on the mean loss of the prompts of ``batch``; returns its statistics."""
-        c = self.config
-        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        parts = [self.learn(part, len(batch)) for part in self.parts(batch)]
-        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        stats = summed(parts, {"grad_norm": norms[0]})
-        learning.check_finite(self.optimizer, stats["loss"], [stats["grad_norm"]])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done, self.updates = self.done + 1, self.updates + 1
-        return stats | {"lr": rate}
+        found = offline.summed(self.learn(part, len(batch)) for part in self.parts(batch))
+        return with_accuracy(offline.update(self, found))
 
     def parts(self, batch: list[data.Ranked]) -> Iterator[list[data.Ranked]]:
-        """``batch`` in runs of prompts with at most ``micro_batch_size`` responses; one with more stands alone."""
+        """This process's of ``batch``, at most ``micro_batch_size`` responses at a time; a prompt with more alone."""
         part: list[data.Ranked] = []
-        for example in batch:
+        for example in processes.share(batch):
             responses = sum(len(e.answers) for e in [*part, example])
             if part and responses > (self.config.micro_batch_size or responses):
                 yield part
                 part = []
             part.append(example)
-        yield part
+        if part:
+            yield part
 
     def learn(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
         """Add the gradient of ``part`` of a batch of ``prompts`` to that of the weights; returns its statistics.
@@ -137,18 +129,17 @@ class RRHFTrainer:
         The ranking couples the responses of a prompt. Where they do not fit in one forward pass, the first one
         finds the gradient of every logprob, and the second carries it, some responses at a time, to the weights.
         """
-        answers, precision = self.collate(part), self.config.precision
-        chunks = torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
+        answers = self.collate(part)
+        chunks = self.chunks(answers)
+        with torch.set_grad_enabled(len(chunks) == 1):
+            found = self.read(answers)
+        output, stats = self.loss(part, found if len(chunks) == 1 else found.requires_grad_(), answers.mask, prompts)
         if len(chunks) == 1:
-            output, stats = self.loss(part, offline.logprobs(self.model, answers, precision), answers.mask, prompts)
             self.accelerator.backward(output.loss)
             return stats
-        with torch.no_grad():
-            found = torch.cat([offline.logprobs(self.model, answers.select(rows), precision) for rows in chunks])
-        output, stats = self.loss(part, found.requires_grad_(), answers.mask, prompts)
         (slopes,) = torch.autograd.grad(output.loss, found)
         for rows in chunks:
-            again = offline.logprobs(self.model, answers.select(rows), precision)
+            again = offline.logprobs(self.model, answers.select(rows), self.config.precision)
             self.accelerator.backward((again * slopes[rows]).sum())
         return stats
 
@@ -187,32 +178,38 @@ class RRHFTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, its two terms and ``eval_accuracy`` of the held-out prompts."""
-        count, size = len(self.eval_examples), self.config.batch_size
-        batches = (self.eval_examples[i : i + size] for i in range(0, count, size))
-        found = []
-        for part in itertools.chain.from_iterable(self.parts(batch) for batch in batches):
-            answers = self.collate(part)
-            chunks = torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
-            each = [offline.logprobs(self.model, answers.select(rows), self.config.precision) for rows in chunks]
-            found.append(self.loss(part, torch.cat(each), answers.mask, count)[1])
-        return {f"eval_{name}": value for name, value in summed(found).items()}
+        batches = learning.split(self.eval_examples, self.config.batch_size)
+        parts = itertools.chain.from_iterable(map(self.parts, batches))
+        found = offline.summed(self.judge(part, len(self.eval_examples)) for part in parts)
+        return {f"eval_{name}": value for name, value in with_accuracy(learning.numbers(found)).items()}
+
+    def judge(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
+        """The statistics of ``part`` of ``prompts``, without a gradient."""
+        answers = self.collate(part)
+        return self.loss(part, self.read(answers), answers.mask, prompts)[1]
+
+    def read(self, answers: offline.Answers) -> Tensor:
+        """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time."""
+        found = [
+            offline.logprobs(self.model, answers.select(rows), self.config.precision) for rows in self.chunks(answers)
+        ]
+        return torch.cat(found)
+
+    def chunks(self, answers: offline.Answers) -> tuple[Tensor, ...]:
+        """The rows of ``answers`` that go through the model together."""
+        return torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""
-        every = self.config.eval_every
-        due = step == self.steps or (every and step % every == 0)
-        return self.evaluate() if self.eval_examples and due else {}
+        return self.evaluate() if offline.due(self, step) else {}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        self.save_model(folder)
-        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.examples)
+        offline.save(self, folder)
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
-        models.restore(self.model, folder)
-        numbers = checkpoint.load_state(folder, self.optimizer, self.examples)
-        self.done, self.updates = numbers["step"], numbers["updates"]
+        offline.restore(self, folder)
 
     def save_model(self, folder: Path) -> None:
         """Write the policy and its tokenizer as ``save_pretrained`` does."""
@@ -225,12 +222,7 @@ def ranks(scores: list[float]) -> list[int]:
     return [place[score] for score in scores]
 
 
-def summed(parts: list[dict[str, Tensor]], more: dict[str, Tensor] | None = None) -> dict[str, float]:
-    """The statistics of a batch from those of its parts, and ``more``; waits for the device once.
-
-    ``accuracy`` is ``right`` over ``pairs``, NaN where no two scores differ.
-    """
-    total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
-    numbers = learning.numbers(total | (more or {}))
-    right, pairs = numbers.pop("right"), numbers.pop("pairs")
-    return numbers | {"accuracy": right / pairs if pairs else math.nan}
+def with_accuracy(stats: dict[str, float]) -> dict[str, float]:
+    """``stats`` with the ``accuracy`` for ``right`` and ``pairs``: their quotient, NaN where no two scores differ."""
+    right, pairs = stats.pop("right"), stats.pop("pairs")
+    return stats | {"accuracy": right / pairs if pairs else math.nan}

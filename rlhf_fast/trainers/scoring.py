@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.rewards import RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
+from rlhf_fast.rewards import EnsembleReward, RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.trainers import learning, processes
 
@@ -13,24 +13,46 @@ from rlhf_fast.trainers import learning, processes
 def scores(reward: Any, rollout: Rollout, config: Any, moments: RunningMoments) -> Tensor:
     """The reward's scores, ``[B]`` or ``[B, T]``, scaled as ``config`` says; ``rollout`` keeps them raw.
 
-    Each process asks for its share.
+    Each process asks for its share. Of an ensemble ``rollout`` keeps the ``uncertainty``, too.
     """
-    mine = processes.share(torch.arange(len(rollout)))
-
-    def part() -> Tensor | None:
-        if not len(mine):
-            return None
-        asked = rollout.select(mine) if processes.count() > 1 else rollout
-        with learning.autocast(rollout.mask.device, config.precision):
-            said = ask(reward, asked.prompts, asked.texts, asked.columns, asked.response_ids())
-        return check_scores(said, len(asked), asked.texts, prompts=asked.prompts, mask=asked.mask)
-
-    found = processes.joined(part).to(rollout.mask.device)
-    rollout.scores = found
+    found = raw(reward, rollout, config.precision)
     if config.scale_scores == "none":
         return found
     moments.update(rollout.sequence_scores())
     return (found - (moments.mean if config.scale_scores == "norm" else 0.0)) / moments.std
+
+
+def raw(reward: Any, rollout: Rollout, precision: str) -> Tensor:
+    """The reward's scores as it gives them."""
+    mine = processes.share(torch.arange(len(rollout)))
+    some = rollout if len(mine) == len(rollout) else rollout.select(mine) if len(mine) else None
+    texts = None if some is None else (some.prompts, some.texts, some.columns, some.response_ids())
+    mask = rollout.mask[:0] if some is None else some.mask
+    rollout.scores, rollout.uncertainty = said(reward, texts, mask, precision)
+    return rollout.scores
+
+
+def said(
+    reward: Any,
+    texts: tuple[Any, ...] | None,  # prompts, responses, columns and, if known, the tokens of the responses
+    mask: Tensor,  # [b, T], bool, True on the tokens of the responses
+    precision: str,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``reward`` says, ``[B]`` or ``[B, T]``, and ``[B]`` by how much the members of an ensemble disagree.
+
+    Each process asks about its own ``b`` of the ``B`` texts, which are None where it has none.
+    """
+
+    def part() -> Tensor | None:
+        if texts is None:
+            return None
+        with torch.no_grad(), learning.autocast(mask.device, precision):
+            return check_scores(ask(reward, *texts), len(mask), texts[1], prompts=texts[0], mask=mask)
+
+    found = processes.joined(part).to(mask.device)
+    if not isinstance(reward, EnsembleReward):
+        return found, None
+    return found, processes.joined(lambda: None if texts is None else reward.uncertainty).to(mask.device)
 
 
 def token_rewards(scores: Tensor, rollout: Rollout, config: Any, kl_coef: float) -> Tensor:

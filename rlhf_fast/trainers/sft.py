@@ -1,6 +1,5 @@
 """Supervised fine-tuning: cross entropy of the response tokens."""
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from rlhf_fast import data, models, ops, packing
 from rlhf_fast.data import read_records
-from rlhf_fast.trainers import checkpoint, learning, processes
+from rlhf_fast.trainers import learning, offline, processes
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
-from rlhf_fast.trainers.run import Run, check_folder, epochs
+from rlhf_fast.trainers.run import Run, check_folder
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(parallel=True)
+        self.accelerator = learning.accelerator()
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -102,43 +101,25 @@ class SFTTrainer:
 
     def batches(self) -> Iterator[list[data.Example]]:
         """The shuffled examples of every epoch in batches; those that are left."""
-        every = epochs(self.examples, self.config.batch_size, self.config.epochs, self.config.seed)
-        return itertools.islice(every, self.done, None)
+        return offline.batches(self)
 
     def step(self, batch: list[data.Example]) -> dict[str, float]:
         """One optimizer step on the mean loss of the response tokens of ``batch``; returns its statistics."""
-        c, mine = self.config, processes.share(batch)
-        rate = learning.set_rate(self.optimizer, c.schedule, self.done, self.steps, c.warmup_ratio)
-        tokens = sum(sum(example.mask[1:]) for example in batch)
+        tokens = offline.count(batch)
+        parts = self.losses(processes.share(batch), tokens)
+        return offline.update(self, offline.summed(parts, self.accelerator.backward)) | {"tokens": float(tokens)}
 
-        def backward() -> dict[str, Tensor]:
-            loss = torch.zeros((), device=self.accelerator.device)
-            for total in self.losses(mine):
-                part = total / max(tokens, 1)
-                self.accelerator.backward(part)
-                loss += part.detach()
-            return {"loss": loss}
-
-        loss = processes.summed(backward)["loss"]
-        norms = learning.clip_gradients(self.accelerator, [self.model], c.max_grad_norm)
-        loss_value, norm = torch.stack([loss.to(norms.device), norms[0]]).tolist()
-        learning.check_finite(self.optimizer, loss_value, [norm])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done, self.updates = self.done + 1, self.updates + 1
-        return {"loss": loss_value, "lr": rate, "grad_norm": norm, "tokens": float(tokens)}
-
-    def losses(self, batch: list[data.Example]) -> Iterator[Tensor]:
-        """The ``loss`` of ``batch`` in parts of ``micro_batch_size``, one after the other."""
+    def losses(self, batch: list[data.Example], tokens: int) -> Iterator[dict[str, Tensor]]:
+        """What ``batch`` adds to the mean loss of ``tokens`` tokens, ``micro_batch_size`` examples at a time."""
         c = self.config
         if not c.packing or not batch:
-            yield from map(self.loss, learning.split(batch, c.micro_batch_size))
-            return
-        lengths = [len(example.ids) for example in batch]
-        rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
-        size = c.micro_batch_size or len(rows)
-        for start in range(0, len(rows), size):
-            yield self.packed_loss([[batch[i] for i in row] for row in rows[start : start + size]])
+            found = map(self.loss, learning.split(batch, c.micro_batch_size))
+        else:
+            lengths = [len(example.ids) for example in batch]
+            rows = packing.first_fit(lengths, max(lengths) if c.max_length is None else c.max_length)
+            rows = [[batch[i] for i in row] for row in rows]
+            found = map(self.packed_loss, learning.split(rows, c.micro_batch_size))
+        return ({"loss": loss / max(tokens, 1)} for loss in found)
 
     def packed_loss(self, rows: list[list[data.Example]]) -> Tensor:
         """The ``loss`` of examples that share rows."""
@@ -147,44 +128,33 @@ class SFTTrainer:
         packed = packing.pack(pieces, self.tokenizer.pad_token_id, device, flat=flat)
         with learning.autocast(device, self.config.precision):
             logits = packing.packed_logits(self.model, packed)
-        return -ops.logprobs(logits[:, :-1], packed.ids[:, 1:], mask=packed.mask[:, 1:]).logprobs.sum()
+        return -ops.logprobs(logits, packed.targets).logprobs.sum()
 
     def loss(self, batch: list[data.Example]) -> Tensor:
         """The sum over the response tokens of ``batch`` of ``-log p``, a 0-d tensor."""
-        device = self.accelerator.device
-        ids, there = data.pad([example.ids for example in batch], self.tokenizer.pad_token_id)
-        counts, _ = data.pad([example.mask for example in batch], False)
-        ids, there, counts = ids.to(device), there.to(device), counts.to(device, torch.bool)
-        with learning.autocast(device, self.config.precision):
-            logits = models.token_logits(self.model, ids, there)
-        return -ops.logprobs(logits[:, :-1], ids[:, 1:], mask=counts[:, 1:]).logprobs.sum()
+        sequences, masks = [example.ids for example in batch], [example.mask for example in batch]
+        answers = offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
+        return -offline.logprobs(self.model, answers, self.config.precision).sum()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, the mean over the response tokens of the held-out data."""
+        tokens = offline.count(self.eval_examples)
         parts = learning.split(processes.share(self.eval_examples), self.config.batch_size)
-        tokens = sum(sum(example.mask[1:]) for example in self.eval_examples)
-        zero = torch.zeros((), device=self.accelerator.device)
-        losses = (loss for part in parts for loss in self.losses(part))
-        loss = processes.summed(lambda: {"loss": sum(losses, zero)})["loss"]
-        return {"eval_loss": loss.item() / max(tokens, 1)}
+        found = offline.summed(loss for part in parts for loss in self.losses(part, tokens))
+        return {"eval_loss": found["loss"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""
-        every = self.config.eval_every
-        due = step == self.steps or (every and step % every == 0)
-        return self.evaluate() if self.eval_examples and due else {}
+        return self.evaluate() if offline.due(self, step) else {}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint."""
-        self.save_model(folder)
-        checkpoint.save_state(folder, self.optimizer, {"step": self.done, "updates": self.updates}, self.examples)
+        offline.save(self, folder)
 
     def restore(self, folder: Path) -> None:
         """Go back to the state of a checkpoint."""
-        models.restore(self.model, folder)
-        numbers = checkpoint.load_state(folder, self.optimizer, self.examples)
-        self.done, self.updates = numbers["step"], numbers["updates"]
+        offline.restore(self, folder)
 
     def save_model(self, folder: Path) -> None:
         """Write the model and its tokenizer as ``save_pretrained`` does."""

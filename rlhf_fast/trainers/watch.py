@@ -5,10 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-
-from rlhf_fast import data, models
-from rlhf_fast.rewards import RunningMoments
+from rlhf_fast import models
+from rlhf_fast.rewards import RunningMoments, lowest_scores
 
 SPAN = 5  # steps whose mean is judged, so that one odd batch says nothing
 NOISE_SPAN = 10  # steps over which the noise of the KL is measured
@@ -171,17 +169,16 @@ def training_range(trainer: Any) -> tuple[float, float] | None:
     return getattr(getattr(trainer, "reward", None), "training_range", None)
 
 
-@torch.no_grad()
-def note_range(model: Any, answers: Sequence[list[int]], pad_id: int, *, most: int = 512, size: int = 32) -> None:
+def note_range(
+    model: Any, answers: Sequence[list[int]], ends: Sequence[list[int]], pad_id: int, *, most: int = 512, size: int = 32
+) -> None:
     """Write the mean and standard deviation of the scores of the first ``answers`` into the config of a reward model.
 
-    ``ModelReward.training_range`` gives them back: a policy whose scores leave that range is judged by a stranger.
+    They are read at the places ``ends`` of each answer, of which the lowest counts, as ``ModelReward`` reads them. Its
+    ``training_range`` gives them back: a policy whose scores leave that range is judged by a stranger.
     """
-    moments, device, some = RunningMoments(), next(model.parameters()).device, list(answers[:most])
-    with models.evaluating(model):
-        for start in range(0, len(some), size):
-            ids, mask = data.pad(some[start : start + size], pad_id)
-            moments.update(models.sequence_scores(model, ids.to(device), mask.to(device)))
+    moments = RunningMoments()
+    moments.update(lowest_scores(model, answers[:most], ends[:most], pad_id, size))
     config = models.unwrap(model).config
     config.score_mean, config.score_std = moments.mean, moments.std
 

@@ -301,6 +301,25 @@ def test_bfloat16_values_give_float32():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_dispatch_mode_sees_the_call(grad):
+    """The short way from autograd to the kernel is taken only where nothing else wants the call."""
+    seen = []
+
+    class Listen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    rewards = torch.randn(2, 3, requires_grad=grad)
+    arguments = rewards, torch.randn(2, 3), torch.ones(2, 3).bool()
+    alone = gae(*arguments)
+    with Listen():
+        watched = gae(*arguments)
+    assert torch.ops.rlhf_fast.gae.default in seen
+    assert all(torch.equal(x, y) for x, y in zip(alone, watched, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

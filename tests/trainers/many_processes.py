@@ -112,9 +112,65 @@ def grpo_tokens(folder):
     return online("grpo", folder, batch_size=2, group_size=3, advantage="reinforce_pp", kl_coef=0.1, share="lora")
 
 
+def offline(trainer, config, folder, records, model=None, **numbers):
+    """Batches of 5, and of the 1 left: of two processes one has nothing to do."""
+    return trainer(
+        model or tiny_llama(), data=records, eval_data=records[:3], output_dir=folder, tokenizer=TOKENIZER,
+        config=config(epochs=2, batch_size=5, eval_every=1, **NUMBERS | numbers),
+    )  # fmt: skip
+
+
+def rrhf(folder):
+    """A prompt of three responses goes through the model twice."""
+    return offline(rf.RRHFTrainer, rf.RRHFConfig, folder, RANKED, micro_batch_size=1)
+
+
+def dpo(folder):
+    return offline(rf.DPOTrainer, rf.DPOConfig, folder, PAIRS, micro_batch_size=1, share="hydra:1")
+
+
+def dpo_known(folder):
+    return offline(
+        rf.DPOTrainer, rf.DPOConfig, folder, PAIRS, micro_batch_size=1, precompute_reference=True, kind="ipo"
+    )
+
+
+def distill(folder, said=None, given=None, **numbers):
+    given = given or {"data": [*DEMOS, DEMOS[0]], "eval_data": DEMOS[:3]}
+    options = {"epochs": 2, "steps": 4, "batch_size": 5, "max_new_tokens": 6, "eval_every": 1, "micro_batch_size": 1}
+    return rf.DistillTrainer(
+        tiny_llama(), teacher=tiny_llama(seed=5), output_dir=folder, tokenizer=TOKENIZER, reward=said, **given,
+        config=rf.DistillConfig(**options | NUMBERS | numbers),
+    )  # fmt: skip
+
+
+def distill_tokens(folder):
+    """A reward per token, whose rows are as long as the longest response of a share."""
+
+    def said(prompts, responses):
+        rows = [torch.arange(len(TOKENIZER(r)["input_ids"]) + 1) % 3 - 1.0 for r in responses]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    return distill(folder, said, kind="jsd", alpha=0.5)
+
+
+def distill_own(folder):
+    """Scored by an ensemble; a share of the evaluation is empty."""
+    return distill(
+        folder,
+        [length, lambda prompts, responses: [len(r) % 3 for r in responses]],
+        {"prompts": PROMPTS, "eval_data": DEMOS[:1]},
+        kind="reverse",
+    )
+
+
 COMPARED = {
-    f.__name__: f for f in (sft, sft_packed, reward, reward_rankings, reward_steps, ppo, ppo_dense, grpo, grpo_tokens)
-}
+    f.__name__: f
+    for f in (
+        sft, sft_packed, reward, reward_rankings, reward_steps, ppo, ppo_dense, grpo, grpo_tokens, rrhf, dpo, dpo_known,
+        distill, distill_tokens, distill_own,
+    )
+}  # fmt: skip
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:

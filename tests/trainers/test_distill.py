@@ -53,7 +53,8 @@ def by_hand(trainer, examples, *, kind="forward", soft_temperature=1.0, alpha=1.
                 "jsd": (p * (p / m).log()).sum() / 2 + (q * (q / m).log()).sum() / 2,
             }[kind])  # fmt: skip
             if advantages is not None:
-                gains.append(advantages[n] * z[i - 1].log_softmax(-1)[example.ids[i]])
+                gain = advantages[n] if advantages.dim() == 1 else advantages[n, sum(example.mask[1:i])]
+                gains.append(gain * z[i - 1].log_softmax(-1)[example.ids[i]])
     divergence = torch.stack(divergences).mean()
     loss = alpha * soft_temperature**2 * divergence - (torch.stack(gains).mean() if gains else 0)
     loss.backward()
@@ -100,6 +101,43 @@ def test_the_reward_is_an_advantage(micro, options):
     assert (stats["loss"], stats["divergence"], stats["scores"]) == pytest.approx((loss, divergence, 2.5), rel=2e-5)
     assert (taken - slope).abs().max() < 2e-5 * slope.abs().max()
     assert seen == [tuple([d[name] for d in DEMOS] for name in ("prompt", "response", "wish"))]
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+def test_a_reward_per_token_is_an_advantage(micro):
+    """What is still to come at each of the 5, 2, 4 and 4 tokens, end tokens included, standardised over all of them."""
+    rewards = torch.tensor([[1.0, 0, -2, 0, 4], [3, 1, 9, 9, 9], [0, 0, 0, 5, 9], [-1, -1, -1, -1, 9]])
+    trainer = build(reward=lambda p, r, **_: rewards, micro_batch_size=micro, max_grad_norm=1e9)
+    to_go = [[3.0, 2, 2, 4, 4], [4, 1], [5, 5, 5, 5], [-4, -3, -2, -1]]
+    assert [sum(example.mask[1:]) for example in trainer.examples] == [5, 2, 4, 4]
+    flat = torch.tensor([x for row in to_go for x in row]).double()
+    standard = [(torch.tensor(row) - flat.mean()) / flat.std() for row in to_go]
+    advantages = torch.nn.utils.rnn.pad_sequence(standard, batch_first=True)
+    loss, divergence, slope = by_hand(trainer, trainer.examples, advantages=advantages)
+    stats, taken = step_of(trainer, trainer.examples)
+    assert (stats["loss"], stats["divergence"], stats["scores"]) == pytest.approx((loss, divergence, 2.0), rel=2e-5)
+    assert (taken - slope).abs().max() < 2e-5 * slope.abs().max()
+
+
+def test_an_ensemble_says_how_much_it_disagrees():
+    members = [lambda p, r, **_: [0.0, 1, 2, 3], lambda p, r, **_: [2.0, 1, 2, 7]]
+    trainer = build(reward=members)
+    stats = trainer.step(trainer.examples)
+    assert stats["scores"] == pytest.approx((1 + 1 + 2 + 5) / 4)
+    assert stats["uncertainty"] == pytest.approx((2 + 4) / 4 / 2**0.5)
+    own = build(
+        reward=[lambda p, r: [1.0] * 3, lambda p, r: [2.0] * 3], prompts=PROMPTS, batch_size=3, max_new_tokens=4
+    )
+    assert own.step(own.examples[:3])["uncertainty"] == pytest.approx(0.5**0.5)
+
+
+def test_the_reward_model_leaves_room_for_an_end_token():
+    reward = rf.models.load_scalar_model(tiny_gpt2(n_positions=12))
+    own = {"reward": reward, "max_new_tokens": 6, "batch_size": 1}
+    stats = (trainer := build(prompts=[{"prompt": " the" * 5}], **own)).step(trainer.examples)
+    assert {"scores", "divergence"} < set(stats)
+    with pytest.raises(ValueError, match="record 1: the prompt is 6 tokens long, and 5 fit"):
+        build(prompts=[{"prompt": " the" * 6}], **own)
 
 
 def test_equal_scores_and_one_response_are_no_advantage():
@@ -211,7 +249,7 @@ def test_what_cannot_be_distilled(tmp_path):
     with pytest.raises(rf.data.DataError, match='record 1: "prompt" is missing'):
         build(data=[{"text": "a movie"}], reward=lambda p, r: [0.0])
     bad = build(reward=lambda p, r, **_: torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"must return one score per response, got shape \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"must return \[B\] or \[B, T\] of \[4, 5\], got shape \[4, 2\]"):
         bad.step(bad.examples)
 
 

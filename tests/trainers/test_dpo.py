@@ -43,7 +43,7 @@ def by_hand(trainer, reference, *, beta, kind="sigmoid", label_smoothing=0.0):
     model, reference = (copy.deepcopy(m).double() for m in (trainer.model, reference))
     model.zero_grad()
     losses, chosen, rejected = [], [], []
-    for pair in trainer.pairs:
+    for pair in trainer.examples:
         now, ref = ([logprob(m, ids, pair.prompt_length) for ids in (pair.chosen, pair.rejected)]
                     for m in (model, reference))  # fmt: skip
         a, b = now[0] - ref[0].detach(), now[1] - ref[1].detach()
@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_the_papers_whatever_the_micro_batches(make, pad_i
     expected, slope = by_hand(trainer, reference, **options)
     taken = []
     trainer.optimizer.step = lambda: taken.append(gradient(trainer.model))
-    stats = trainer.step(trainer.pairs)
+    stats = trainer.step(trainer.examples)
     assert {name: stats[name] for name in expected} == pytest.approx(expected, rel=2e-5, abs=2e-5)
     # float32 passes against float64 ones: some 1e-6 of the largest entry; ipo squares what those differ in.
     assert (taken[0] - slope).abs().max() < 2e-5 * slope.abs().max()
@@ -94,10 +94,10 @@ def test_loss_and_gradient_are_the_papers_whatever_the_micro_batches(make, pad_i
 @pytest.mark.parametrize("known", [False, True])
 def test_the_policy_starts_as_its_reference(share, known):
     trainer = build(share=share, precompute_reference=known, lora_rank=2)
-    stats = trainer.step(trainer.pairs)
+    stats = trainer.step(trainer.examples)
     assert stats["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert stats["margin"] == pytest.approx(0, abs=1e-5)
-    after = trainer.step(trainer.pairs)
+    after = trainer.step(trainer.examples)
     assert after["loss"] < stats["loss"]
     assert after["margin"] > 0.001
     assert (trainer.reference is None) == known

@@ -1,5 +1,6 @@
 """GRPO and its relatives: advantages and loss against hand-computed cases, invariances, and that they learn."""
 
+import copy
 import itertools
 import math
 
@@ -156,6 +157,18 @@ def test_truncated_responses_may_be_left_out():
     rollout.ended = torch.zeros(12, dtype=torch.bool)
     nothing, _ = trainer.loss(rollout, scores, trainer.count(rollout, torch.arange(12)))
     assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "seq_mean_token_mean", "longest"])
+def test_a_batch_of_which_nothing_ends_teaches_nothing(aggregate):
+    numbers = {"aggregate": aggregate, "kl_coef": 0.1, "entropy_coef": 0.01, "missing_eos_penalty": 1.0}
+    trainer = build(learn_truncated=False, max_new_tokens=3, packing=aggregate == "longest", **numbers)
+    trainer.stop_ids = []
+    before = copy.deepcopy(trainer.policy.state_dict())
+    stats = trainer.step(trainer.prompts[:4])
+    assert (stats["ended"], stats["loss"], stats["grad_norm"]) == (0, 0, 0)
+    assert all(math.isfinite(value) for value in stats.values())
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.policy.state_dict().items())
 
 
 def test_without_a_price_there_is_no_reference():

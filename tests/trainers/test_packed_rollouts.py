@@ -74,15 +74,25 @@ def test_where_the_tokens_go_by_hand(flat):
     for r, (row, place) in enumerate(zip(rows, places, strict=True)):
         assert got.packed.ids[r, : len(row)].tolist() == row
         assert got.packed.positions[r, : len(row)].tolist() == place
-    numbers = torch.arange(got.targets.numel()).view(got.targets.shape)
-    predicted = [
-        [numbers[got.packed.ids == 2].item(), 0],
-        [0, 0],
-        [numbers[got.packed.ids == t].item() for t in (7, 8)],
-    ]
-    assert got.spread(numbers).tolist() == predicted
-    assert got.targets.flatten()[[predicted[0][0], *predicted[2]]].tolist() == [3, 8, 9]
-    assert got.packed.mask.sum() == 3
+    predicting = got.packed.ids.flatten()[got.packed.at]
+    assert got.spread(predicting).tolist() == [[2, 0], [0, 0], [7, 8]]
+    assert got.spread(got.packed.targets).tolist() == [[3, 0], [0, 0], [8, 9]]
+    assert len(got.packed.targets) == 3
+
+
+def test_no_response_has_a_token():
+    got = spots(torch.tensor([[1, 2, 0]]), torch.tensor([[False]]), torch.tensor([2]), torch.tensor([0]))
+    assert got.spread(torch.tensor([5.0])).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_only_the_logits_of_responses_are_computed(make, monkeypatch):
+    trainer = build(make, "grpo", True)
+    rollout = trainer.rollout(trainer.prompts)[0]
+    shapes = []
+    trainer.policy.lm_head.register_forward_hook(lambda _, given, logits: shapes.append(logits.shape))
+    online.read(trainer.policy, rollout, trainer.config)
+    assert [shape[:2].numel() for shape in shapes] == [int(rollout.mask.sum())]
 
 
 def test_a_model_whose_sequences_see_each_other_is_refused(monkeypatch):

@@ -14,7 +14,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from rlhf_fast.trainers import processes
 
 KINDS = (
-    "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens",
+    "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
+    "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch without gloo: runs where it is built in"

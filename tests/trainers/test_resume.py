@@ -111,6 +111,30 @@ def test_another_run_cannot_go_on(stopped, change, words):
     assert contents(stopped / "checkpoints") == before
 
 
+@pytest.mark.parametrize(
+    ("reader", "record", "change"),
+    [
+        ("pair_examples", {"prompt": "the", "chosen": " good", "rejected": " bad", "margin": 1}, {"margin": 2}),
+        ("ranked_examples", {"prompt": "the", "responses": [" a", " b"], "scores": [1, 2]}, {"scores": [2, 1]}),
+        ("prompt_examples", {"prompt": "the", "wish": "good"}, {"wish": "bad"}),
+        ("sft_examples", {"prompt": "the", "response": " good"}, {"prompt": "", "response": "the good"}),
+    ],
+)
+def test_whatever_the_data_say_is_in_their_fingerprint(tmp_path, reader, record, change):
+    def found(record, file="data.jsonl"):
+        (tmp_path / file).write_text(json.dumps(record))
+        return checkpoint.fingerprint(getattr(rf.data, reader)(rf.data.read_records(tmp_path / file), TOKENIZER))
+
+    assert found(record) == found(record) == found(record, "moved.jsonl")
+    assert found(record | change) != found(record)
+
+
+def test_a_column_of_any_kind_has_a_fingerprint():
+    records = [{"prompt": "the", "image": object(), "table": {(1, 2): 3}, "numbers": [1.5, None]} for _ in range(2)]
+    one, other = (rf.data.prompt_examples(rf.data.read_records([record]), TOKENIZER) for record in records)
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(other)
+
+
 def test_another_trainer_cannot_go_on(stopped):
     pairs = [{"prompt": "the", "chosen": " good", "rejected": " bad"}]
     with pytest.raises(ValueError, match="holds a run of sft, which reward cannot resume"):

@@ -300,7 +300,6 @@ def test_learning_rates(schedule, rates):
     [
         ({"distributed_type": "FSDP"}, "Accelerate was set up for FSDP: each process holds the whole model"),
         ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
-        ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "in one process, and Accelerate was started with 2"),
         ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
         ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
     ],

@@ -19,7 +19,7 @@ from rlhf_fast.commands import TRAINERS
 from rlhf_fast.rewards import load_reward
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.run import Run
-from rlhf_fast.trainers.watch import AGAIN, Watch
+from rlhf_fast.trainers.watch import AGAIN, Watch, training_range
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,7 +255,11 @@ def test_the_page_of_a_long_run_is_small_and_soon_written(tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 def test_every_trainer_writes_the_figures_of_the_schema(tmp_path, kind):
-    make(kind, tmp_path / "run").train()
+    """Distillation on its own responses; of the rewards an ensemble."""
+    trainer = make("distill own" if kind == "distill" else kind, tmp_path / "run")
+    if hasattr(trainer, "reward"):
+        trainer.reward = load_reward([trainer.reward] * 2, None)
+    trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     written = {name for line in lines for name in line} - {"step", "time"}
     known = {n for n, m in metrics.METRICS.items() if kind in m.trainers.split(", ") or m.trainers == metrics.ALL}
@@ -282,6 +286,36 @@ def test_a_reward_model_remembers_the_range_of_its_scores(tmp_path):
     mean, std = torch.tensor(scores).double().mean(), torch.tensor(scores).double().std()
     assert reward.training_range == pytest.approx((float(mean), float(std)), rel=1e-4)
     assert load_reward(rf.models.load_scalar_model(tiny_gpt2(tokenizer)), tokenizer).training_range is None
+
+
+def test_a_process_reward_model_remembers_the_range_of_its_lowest_scores(tmp_path):
+    tokenizer = tiny_tokenizer()
+    steps = [{"prompt": f"the {w}", "steps": [" was", f" {w}", " good"], "labels": [1, None, 0]} for w in ("a", "bad")]
+    config = rf.RewardConfig(epochs=2, batch_size=2, learning_rate=1e-2, normalise=True, quiet=True)
+    rf.RewardTrainer(
+        tiny_gpt2(tokenizer), data=steps, tokenizer=tokenizer, output_dir=tmp_path / "reward", config=config
+    ).train()
+    reward = load_reward(tmp_path / "reward", None)
+    scores = torch.cat([reward([record["prompt"]], ["\n".join(record["steps"])]) for record in steps]).double()
+    assert reward.training_range == pytest.approx((float(scores.mean()), float(scores.std())), rel=1e-4)
+
+
+def test_the_range_of_an_ensemble_is_that_of_its_members():
+    class Member:
+        def __init__(self, mean, std):
+            self.training_range = (mean, std)
+
+        def __call__(self, prompts, responses):
+            return [0.0] * len(prompts)
+
+    members = [Member(1.0, 2.0), Member(3.0, 1.0)]
+    for combine, mean in (("mean", 2.0), ("worst", 1.0), ("mean_minus_std", 2.0)):
+        ensemble = load_reward(rf.rewards.EnsembleReward(members, combine=combine), None)
+        assert ensemble.training_range == (mean, 1.5)
+    assert load_reward([*members, lambda prompts, responses: [0.0]], None).training_range is None
+    trainer = make("grpo", None)
+    trainer.reward = ensemble
+    assert training_range(trainer) == (2.0, 1.5)
 
 
 def test_a_step_can_be_listened_to(tmp_path):

@@ -6,11 +6,11 @@ The pieces are shape_rewards, gae (already a kernel) and whiten, one after the o
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, sets, turning
-from record import run
 from torch import Tensor
 
 from rlhf_fast import advantages, gae, shape_rewards, whiten
+from rlhf_fast.bench.harness import Case, sets, turning
+from rlhf_fast.bench.peers import compiled
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 
 # Reads logprobs, ref_logprobs, values (4 + 4 + 4) and mask (1), writes advantages, returns and rewards (4 + 4 + 4).
@@ -57,11 +57,8 @@ def case(batch: int, tokens: int, device: str, kl: str) -> Case:
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     for batch, tokens, kl in ((64, 53, "k1"), (64, 1024, "k1"), (64, 1024, "k3"), (512, 1024, "k1")):
         yield case(batch, tokens, device, kl)
     if device == "cuda":
         yield case(4096, 8192, device, "k1")
-
-
-if __name__ == "__main__":
-    run("advantages", cases, REMARK)

@@ -1,10 +1,5 @@
-"""One PNG per op: a panel per case, a bar per candidate, its time over ours on a log axis. No bar for the reference.
+"""One PNG per op: a panel per case, a bar per candidate, its time over ours on a log axis. No bar for the reference."""
 
-``python benchmarks/chart.py results/<device>.json`` draws those of a file again.
-"""
-
-import json
-import sys
 from pathlib import Path
 
 #: The colour of a candidate, by how its name begins; grey otherwise.
@@ -78,16 +73,3 @@ def _few_colours(path: Path) -> None:
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(16, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
-
-
-def main() -> None:
-    for name in sys.argv[1:]:
-        path = Path(name)
-        found = json.loads(path.read_text())
-        for op, record in found.items():
-            if isinstance(record, dict):
-                draw(op, found["device"], record["rows"], path.with_name(f"{path.stem}-{op}.png"))
-
-
-if __name__ == "__main__":
-    main()

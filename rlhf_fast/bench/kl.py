@@ -7,10 +7,10 @@ torch.compile. On the CPU there is no number to meet; the same ratios are printe
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets
-from record import run
 from torch import Tensor
 
+from rlhf_fast.bench.harness import Case, sets
+from rlhf_fast.bench.peers import compiled, package_or_formula
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import kl
 
@@ -121,11 +121,8 @@ def case(rows: int, size: int, dtype: torch.dtype, device: str, notes: dict[str,
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     rows = 8192 if device == "cuda" else 256
     for backward in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
             yield case(rows, 151936, dtype, device, notes, backward=backward)
-
-
-if __name__ == "__main__":
-    run("kl", cases, REMARK)

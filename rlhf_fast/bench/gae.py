@@ -8,10 +8,10 @@ a plain one, at 512 x 1024 at least 60 and 25 times, and within 3 times a copy o
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets, turning
-from record import run
 from torch import Tensor
 
+from rlhf_fast.bench.harness import Case, sets, turning
+from rlhf_fast.bench.peers import compiled, package_or_formula
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import gae
 
@@ -97,10 +97,7 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str], *, packed:
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     for shape in ((64, 1024), (512, 1024), (4096, 8192) if device == "cuda" else (64, 8192)):
         yield case(*shape, device, notes)
     yield case(1, 2**20, device, notes, packed=True)
-
-
-if __name__ == "__main__":
-    run("gae", cases, REMARK)

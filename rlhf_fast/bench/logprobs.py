@@ -9,10 +9,10 @@ the read bandwidth, with backward 0.85 of the floor of three passes, and slower 
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets
-from record import run
 from torch import Tensor
 
+from rlhf_fast.bench.harness import Case, sets
+from rlhf_fast.bench.peers import compiled, package_or_formula
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import logprobs
 
@@ -88,6 +88,7 @@ def liger_selective() -> Callable[[Tensor, Tensor], Results]:
 
 
 def quack() -> Callable[[Tensor, Tensor], Results]:
+    """Its cross entropy, forward alone."""
     from quack.cross_entropy import cross_entropy
 
     return lambda logits, ids: (-cross_entropy(logits, ids, reduction="none"), None)
@@ -101,6 +102,7 @@ def quack_one_pass() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def flash_attn() -> Callable[[Tensor, Tensor], Results]:
+    """Its cross entropy, forward alone."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     return lambda logits, ids: (-cross_entropy_loss(logits, ids)[0], None)
@@ -190,12 +192,9 @@ def case(rows: int, size: int, dtype: torch.dtype, device: str, notes: dict[str,
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     narrow = [(8192, 32000, torch.bfloat16)] if device == "cuda" else []
     rows = 8192 if device == "cuda" else 256
     for backward in (False, True):
         for shape in [(rows, 151936, torch.float32), (rows, 151936, torch.bfloat16), *narrow]:
             yield case(*shape, device, notes, backward=backward)
-
-
-if __name__ == "__main__":
-    run("logprobs", cases, REMARK)

@@ -9,10 +9,10 @@ alone. On an H100: from 128 rows within 3 times the time to read the logits once
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets
-from record import run
 from torch import Tensor
 
+from rlhf_fast.bench.harness import Case, sets
+from rlhf_fast.bench.peers import compiled, package_or_formula
 from rlhf_fast.dispatch import IMPLEMENTATIONS
 from rlhf_fast.ops import sample
 from rlhf_fast.ops.sample.knobs import KNOBS, knob
@@ -49,7 +49,9 @@ def transformers_package(given: dict) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def sort_formula(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+def sort_formula(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
     """What vLLM does in plain torch: one sort for top-k and top-p, and an exponential race."""
     scores = logits.float() / temperature
     if min_p > 0:
@@ -133,6 +135,7 @@ def case(name: str, batch: int, size: int, dtype: torch.dtype, device: str, note
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     batches, size = ((32,), 128256) if device == "cpu" else ((1, 8, 128, 512), 131072)
     names = [name for name in SETTINGS if device == "cpu" or name != "T .8"]  # there as fast as without
     for batch in batches:
@@ -140,7 +143,3 @@ def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
             yield case(name, batch, size, torch.float32, device, notes)
     for name in names:
         yield case(name, batches[0] if device == "cpu" else 128, size, torch.bfloat16, device, notes)
-
-
-if __name__ == "__main__":
-    run("sample", cases, REMARK)

@@ -4,21 +4,19 @@ import gc
 import itertools
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from rlhf_fast.bench.peers import sentence, wanted
+
 #: Below this a call on a GPU costs the host more than the device: it is measured in a CUDA graph too.
 SHORT = 1e-3
-#: On a GPU the reductions of the compiled peers are tuned too. (No graphs: they would copy the inputs.)
-TUNED = {"mode": "max-autotune-no-cudagraphs"}
 
 
 @dataclass
@@ -47,50 +45,18 @@ def synchronize(device: str) -> None:
 
 
 def devices() -> list[str]:
-    """Where to measure: the devices named on the command line, else the CPU and the GPU if there is one."""
-    found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [name for name in found if name in sys.argv[1:]] if sys.argv[1:] else found
+    """Where this machine can be measured: on its CPU and on its GPU if there is one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def device_name(device: str) -> str:
     """The name under which results of this machine are kept."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} x{torch.get_num_threads()}"
-
-
-def compiled(function: Callable, device: str) -> Callable:
-    """``torch.compile`` at its best setting for one shape; anew each time, for it gives up a function after eight."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False, **(TUNED if device == "cuda" else {}))
-
-
-def package_or_formula(name: str, distribution: str, load: Callable, formula: Callable | None, notes: dict) -> dict:
-    """Label → function of one peer: what ``load`` imports, labelled with its version, else ``formula``, said to be one.
-
-    Why a package that is installed is not used, or why a peer without a formula is missing, goes to ``notes``.
-    """
-    try:
-        version = metadata.version(distribution)
-        return {f"{name} {version}": load()}
-    except metadata.PackageNotFoundError:
-        why = "not installed"
-    except Exception as error:  # a peer may fail in any way; that is its row's business alone
-        why = sentence(error)
-    if formula is None:
-        notes[name] = why
-        return {}
-    if why != "not installed":
-        notes[name] = f"its formula is measured, for {why}"
-    return {f"{name}'s formula": formula}
-
-
-def sentence(error: Exception) -> str:
-    """The first line of an error, short."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:110] if lines else ''}"
+    facts = Path("/proc/cpuinfo")  # of Linux
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()} x{torch.get_num_threads()}"
 
 
 def sets(make: Callable[[], tuple], device: str, *, at_least: int = 1) -> list[tuple]:
@@ -103,6 +69,10 @@ def sets(make: Callable[[], tuple], device: str, *, at_least: int = 1) -> list[t
     return found
 
 
+#: Rounds of interleave(), however slow the candidates: of three one odd one out is too many for a median.
+LEAST = 7
+
+
 def interleave(
     candidates: dict[str, Callable], *, device: str = "cpu", seconds: float | None = None
 ) -> dict[str, float]:
@@ -111,10 +81,13 @@ def interleave(
     A fast candidate is repeated for about 3 ms within a round, so that what the one before it left in the caches and in
     the allocator is not all that is measured. ``seconds`` is the time for each candidate, after two calls to warm up:
     by default 1 on a CPU, which it shares, and 0.15 on a GPU, which it does not.
+
+    On a CPU a slow candidate runs once more just before it is timed. What the one before it freed may have gone back to
+    the host of a virtual machine, which takes 10 times as long to hand memory out as to have it cleared.
     """
     if seconds is None:
         seconds = 1.0 if device == "cpu" else 0.15
-    repeats, rounds = {}, 3
+    repeats, rounds = {}, LEAST
     for name, call in candidates.items():
         call()
         synchronize(device)
@@ -130,9 +103,11 @@ def interleave(
     names = list(candidates)
     began = time.perf_counter()
     for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() - began > seconds * len(names):
+        if turn >= LEAST and time.perf_counter() - began > seconds * len(names):
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if device == "cpu" and repeats[name] == 1:
+                candidates[name]()
             synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats[name]):
@@ -149,10 +124,12 @@ def turning(call: Callable, inputs: Sequence[tuple]) -> Callable[[], object]:
     return lambda: call(*next(following))
 
 
-def able(case: Case, device: str, notes: dict[str, str]) -> dict[str, Callable]:
-    """The peers that run on this machine and agree with ours; why the others do not goes to ``notes``."""
+def able(case: Case, device: str, notes: dict[str, str], peers: Sequence[str] | None = None) -> dict[str, Callable]:
+    """Those of ``peers``, all if None, that run here and agree with ours; why the others do not goes to ``notes``."""
     found, expected = {}, case.ours(*case.inputs[0])
     for name, call in case.peers.items():
+        if not wanted(name, peers):
+            continue
         try:
             result = call(*case.inputs[0])
             synchronize(device)
@@ -167,20 +144,23 @@ def able(case: Case, device: str, notes: dict[str, str]) -> dict[str, Callable]:
     return found
 
 
-def measure(case: Case, device: str, notes: dict[str, str]) -> dict:
-    """The row of one case."""
-    peers = able(case, device, notes)
-    everyone = {"ours": case.ours, **peers, **{f"floor {name}": call for name, call in case.floors.items()}}
-    times = interleave({name: turning(call, case.inputs) for name, call in everyone.items()}, device=device)
+def measure(
+    case: Case, device: str, notes: dict[str, str], *, peers: Sequence[str] | None = None, seconds: float | None = None
+) -> dict:
+    """The row of one case, with ``seconds`` for each candidate and those of ``peers`` alone if some are named."""
+    beside = able(case, device, notes, peers)
+    everyone = {"ours": case.ours, **beside, **{f"floor {name}": call for name, call in case.floors.items()}}
+    turns = {name: turning(call, case.inputs) for name, call in everyone.items()}
+    times = interleave(turns, device=device, seconds=seconds)
     ours = times["ours"]
     row = {"case": case.name, "us": ours * 1e6}
     facts: dict = {}
     if device == "cuda":
         facts = on_gpu(case, row, short=ours < SHORT)
         ours = row.get("graph us", row["us"]) / 1e6
-        if "graph us" in row and "compile" in peers:
+        if "graph us" in row and "compile" in beside:
             with suppress(RuntimeError):  # a peer that a graph cannot capture has no figure there
-                row["compile, graph"] = graph_seconds(peers["compile"], case.inputs) * 1e6 / row["graph us"]
+                row["compile, graph"] = graph_seconds(beside["compile"], case.inputs) * 1e6 / row["graph us"]
     speed = case.bytes / ours / 1e9
     row |= {"GB/s": speed, "% copy": 100 * speed / copy_bandwidth(device)}
     if device == "cuda":
@@ -193,7 +173,7 @@ def measure(case: Case, device: str, notes: dict[str, str]) -> dict:
     row["peak MiB"] = None if peak is None else peak / 2**20
     if case.gradient and peak is not None:
         row["peak / gradient"] = peak / case.gradient
-    return row | facts | {"ratios": {name: times[name] / times["ours"] for name in peers}}
+    return row | facts | {"ratios": {name: times[name] / times["ours"] for name in beside}}
 
 
 def on_gpu(case: Case, row: dict, *, short: bool) -> dict:

@@ -8,12 +8,12 @@ scales it. On a GPU one more case goes from the logits to their gradient, agains
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import Case, compiled, package_or_formula, sets, turning
-from record import run
 from torch import Tensor
 
+from rlhf_fast.bench.harness import Case, sets, turning
+from rlhf_fast.bench.peers import compiled, package_or_formula
 from rlhf_fast.dispatch import IMPLEMENTATIONS
-from rlhf_fast.ops import logprobs, ppo_loss
+from rlhf_fast.ops import PPOLossOutput, logprobs, ppo_loss
 
 NAMES = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
 # Forward: reads 6 floats and the mask, writes 2 gradients. Backward: reads and writes these.
@@ -61,7 +61,9 @@ def verl_package() -> Callable:
     return call
 
 
-def ours(logprobs, old, advantages, mask, values, old_values, returns) -> tuple[Tensor, dict]:
+def ours(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, values: Tensor, old_values: Tensor, returns: Tensor
+) -> PPOLossOutput:
     """The public function."""
     return ppo_loss(logprobs, old, advantages, mask, values=values, old_values=old_values, returns=returns)
 
@@ -117,7 +119,9 @@ def case(batch: int, tokens: int, device: str, notes: dict[str, str]) -> Case:
     )
 
 
-def eager_from_logits(logits, ids, old, ref, advantages, mask) -> Tensor:
+def eager_from_logits(
+    logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
     """GRPO's loss from [B, L + 1, V] logits: clip and k3, mean over the tokens, as trainers write it."""
     chosen = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     ratio, a = torch.exp(chosen - old), advantages[:, None]
@@ -125,7 +129,7 @@ def eager_from_logits(logits, ids, old, ref, advantages, mask) -> Tensor:
     return masked_mean(loss + KL_COEF * (torch.exp(ref - chosen) - (ref - chosen) - 1), mask)
 
 
-def ours_from_logits(logits, ids, old, ref, advantages, mask) -> Tensor:
+def ours_from_logits(logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """`logprobs` and `ppo_loss`."""
     chosen = logprobs(logits[:, :-1], ids).logprobs
     return ppo_loss(chosen, old, advantages, mask, ref_logprobs=ref, kl_coef=KL_COEF).loss
@@ -172,11 +176,8 @@ def from_logits(batch: int, tokens: int, size: int, device: str, notes: dict[str
 
 
 def cases(device: str, notes: dict[str, str]) -> Iterator[Case]:
+    """Every shape of the suite on ``device``; why a peer is missing goes to ``notes``."""
     for shape in ((16, 512), (64, 1024), (512, 2048)):
         yield case(*shape, device, notes)
     if device == "cuda":
         yield from_logits(8, 1024, 151936, device, notes)
-
-
-if __name__ == "__main__":
-    run("ppo_loss", cases, REMARK)
