@@ -19,31 +19,35 @@ def needs(peer: str) -> None:
         pytest.skip(reason, allow_module_level=True)
 
 
-def agree(ours: Callable, theirs: Callable, *inputs: torch.Tensor, tolerance: float = 1e-6) -> None:
+def agree(ours: Callable, theirs: Callable, *inputs: torch.Tensor, tolerance: float = 1e-6, slope: float = 1.0) -> None:
     """Both functions give the same results, of the same dtypes, and the same gradients.
 
     Up to ``tolerance``; it is relative for results beyond 1, and for inputs beyond 4: the peers' entropy is a
-    difference of numbers of that size.
+    difference of numbers of that size. Gradients are allowed ``slope`` times as much, where the functions multiply
+    what they get by that.
     """
     torch.manual_seed(0)
-    found = []
-    for function in (theirs, ours):
-        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-        outputs = function(*leaves)
-        outputs = [o for o in (outputs if isinstance(outputs, tuple | list) else [outputs]) if o is not None]
-        live = [o for o in outputs if o.requires_grad]
-        generator = torch.Generator().manual_seed(1)
-        pulls = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o.dtype) for o in live]
-        wanted = [x for x in leaves if x.requires_grad]
-        grads = torch.autograd.grad(live, wanted, pulls, allow_unused=True) if live else ()
-        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=False)]
-        found.append(([o.detach() for o in outputs], grads))
-    (expected, expected_grads), (results, result_grads) = found
+    (expected, expected_grads), (results, result_grads) = (results_and_gradients(f, *inputs) for f in (theirs, ours))
     assert [(o.shape, o.dtype) for o in results] == [(o.shape, o.dtype) for o in expected]
     inner = max([1.0, *(float(x.abs().max()) / 4 for x in inputs if x.is_floating_point() and x.numel())])
-    for a, b in zip([*results, *result_grads], [*expected, *expected_grads], strict=True):
+    allowed = [tolerance] * len(results) + [tolerance * max(1.0, slope)] * len(result_grads)
+    for a, b, t in zip([*results, *result_grads], [*expected, *expected_grads], allowed, strict=True):
         scale = max(inner, float(b.double().abs().max())) if b.numel() and b.is_floating_point() else inner
-        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale, check_dtype=False)
+        torch.testing.assert_close(a, b, rtol=0, atol=t * scale, check_dtype=False)
+
+
+def results_and_gradients(function: Callable, *inputs: torch.Tensor) -> tuple[list, list]:
+    """What the function returns but for None, and the gradients of a random sum of it; the same sum for any dtype."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = function(*leaves)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple | list) else [outputs]) if o is not None]
+    live = [o for o in outputs if o.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    pulls = [torch.randn(o.shape, generator=generator, dtype=torch.float32).to(o.dtype) for o in live]
+    wanted = [x for x in leaves if x.requires_grad]
+    grads = torch.autograd.grad(live, wanted, pulls, allow_unused=True) if live else ()
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=False)]
+    return [o.detach() for o in outputs], grads
 
 
 class Anything:

@@ -1,12 +1,13 @@
 """rf.patch("trl"): every replaced function against TRL's own, and its trainers for a few steps with and without."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import agree, needs
+from peers import agree, needs, results_and_gradients
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 import rlhf_fast as rf
@@ -92,6 +93,13 @@ def head_arguments(hidden, weight, bias, ids, temperature, softcap, scale, outpu
     return given if outputs is None or VERSION < (1, 15, 0) else (*given, outputs)
 
 
+def head_inputs(n, vocab, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(s, generator=generator) for s in ((n, 8), (vocab, 8), (vocab,)))
+    ids = torch.randint(vocab, (n,), generator=generator)
+    return hidden / 8, weight, bias / 4, ids  # logits of about unit variance after scale and temperature
+
+
 @settings(max_examples=30)
 @given(
     n=st.integers(1, 9),
@@ -103,10 +111,7 @@ def head_arguments(hidden, weight, bias, ids, temperature, softcap, scale, outpu
     tile=st.sampled_from([1, 100, 1 << 26]),
 )
 def test_the_chunked_head(ours, n, vocab, seed, temperature, softcap, scale, tile):
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(s, generator=generator) for s in ((n, 8), (vocab, 8), (vocab,)))
-    hidden, bias = hidden / 8, bias / 4  # logits of about unit variance after scale and temperature
-    ids = torch.randint(vocab, (n,), generator=generator)
+    *leaves, ids = head_inputs(n, vocab, seed)
 
     def call(functions):
         def run(h, w, b):
@@ -117,7 +122,36 @@ def test_the_chunked_head(ours, n, vocab, seed, temperature, softcap, scale, til
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_fast.integrations.head.TILE", tile)
-        agree(call(ours), call(THEIRS), hidden, weight, bias)
+        # An error of the logsumexp is in every probability, and the gradients multiply these by scale / temperature.
+        agree(call(ours), call(THEIRS), *leaves, slope=abs(scale) / temperature)
+
+
+@pytest.mark.skipif(VERSION < (1, 13, 0), reason="TRL's head had no gradient for the entropy before 1.13")
+@pytest.mark.parametrize("vocab", [2, 5, 70])
+def test_the_chunked_head_is_as_near_to_float64(ours, vocab):
+    """Where the two differ, ours is not the one that is further off: the RMS error of many cases, of each result."""
+    squares = {"ours": torch.zeros(5), "theirs": torch.zeros(5)}
+    for seed, temperature, softcap, scale in product(range(20), (0.5, 1.7), (None, 5.0), (1.0, 2.0)):
+        *leaves, ids = head_inputs(1 + seed % 9, vocab, seed)
+        knobs = (temperature, softcap, scale)
+
+        def exact(h, w, bias, ids=ids, knobs=knobs):
+            temperature, softcap, scale = knobs
+            z = scale * (h @ w.T + bias)
+            logp = ((z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature).log_softmax(-1)
+            return logp.gather(-1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+        def call(functions, ids=ids, knobs=knobs):
+            head = functions[HEAD]
+            return lambda h, w, bias: head.apply(*head_arguments(h, w, bias, ids, *knobs))[:2]
+
+        results, grads = results_and_gradients(exact, *(x.double() for x in leaves))
+        for name, functions in (("ours", ours), ("theirs", THEIRS)):
+            found = results_and_gradients(call(functions), *leaves)
+            pairs = zip([*found[0], *found[1]], [*results, *grads], strict=True)
+            squares[name] += torch.tensor([float((a - b).square().mean()) for a, b in pairs])
+    ratios = (squares["ours"] / squares["theirs"]).sqrt()
+    assert (ratios <= 2).all(), ratios  # of logprobs, entropies, and the gradients of hidden, weight and bias
 
 
 def test_the_chunked_head_under_autocast_and_frozen(ours):
