@@ -56,15 +56,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1, help="of a round")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--sft-weight", type=float, default=1.0)
-    parser.add_argument("--micro-batch-size", type=int, help="answers per forward pass of RRHF; PPO's if absent")
+    parser.add_argument(
+        "--micro-batch-size", type=int, help="responses per forward pass of both; the demo's minibatch if absent"
+    )
     parser.add_argument("--tune", action="store_true", help="judge on training prompts that are kept apart")
     parser.add_argument("--only", choices=NAMES)
     args = parser.parse_args()
     if not (args.demo / "run.json").is_file():
         parser.error(f"{args.demo} is no folder of a finished demo: it has no run.json")
-    for name in ("threads", "rounds", "prompts", "k", "epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("threads", "rounds", "prompts", "k", "epochs", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return args
 
 
@@ -76,6 +79,7 @@ def ppo(args: argparse.Namespace, task: Task, model: Any, seed: int, live: Any, 
     asked = [{"prompt": p.text} for p in random.Random(seed + 17).choices(task.prompts, k=steps * c.ppo_batch_size)]
     numbers = rf.PPOConfig(
         steps=steps, batch_size=c.ppo_batch_size, minibatch_size=c.ppo_minibatch_size,
+        micro_batch_size=args.micro_batch_size or c.ppo_minibatch_size,
         ppo_epochs=c.ppo_epochs, learning_rate=c.ppo_learning_rate, vf_coef=1.0,
         critic_learning_rate=c.critic_learning_rate, cliprange_value=1.0, kl_coef=c.kl_coef,
         max_new_tokens=c.max_new_tokens, seed=seed, quiet=True,
