@@ -65,7 +65,7 @@ def test_every_op_has_its_section():
     assert re.findall(r"^## (\w+)$", TEXT, re.MULTILINE) == ops
 
 
-@pytest.mark.parametrize("page", ["kernels.md", "scale.md"])
+@pytest.mark.parametrize("page", ["kernels.md", "rrhf.md", "scale.md"])
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", (DOCS / page).read_text(encoding="utf-8"))
     assert links
