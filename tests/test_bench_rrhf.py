@@ -71,7 +71,9 @@ def test_the_commands_of_the_docs_are_taken(monkeypatch, tmp_path):
     for command in commands:
         arguments(f"{tmp_path}{command}", monkeypatch)
     defaults = arguments(str(tmp_path), monkeypatch)
-    assert f"{defaults.rounds} rounds of {defaults.prompts} prompts with {defaults.k} answers each" in " ".join(PAGE.split())
+    assert f"{defaults.rounds} rounds of {defaults.prompts} prompts with {defaults.k} answers each" in " ".join(
+        PAGE.split()
+    )
 
 
 @pytest.mark.parametrize(
