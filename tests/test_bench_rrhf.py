@@ -71,7 +71,9 @@ def test_the_commands_of_the_docs_are_taken(monkeypatch, tmp_path):
     for command in commands:
         arguments(f"{tmp_path}{command}", monkeypatch)
     defaults = arguments(str(tmp_path), monkeypatch)
-    assert f"{defaults.rounds} rounds of {defaults.prompts} prompts with {defaults.k} answers each" in " ".join(PAGE.split())
+    assert f"{defaults.rounds} rounds of {defaults.prompts} prompts with {defaults.k} answers each" in " ".join(
+        PAGE.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,8 @@ def test_both_learn_and_hold_their_models(train, answers, task):
     pytest.importorskip("accelerate")
     task, model = task
     before = {name: p.clone() for name, p in model.named_parameters()}
-    args = argparse.Namespace(prompts=3, k=2, epochs=1, learning_rate=1e-3, sft_weight=1.0, micro_batch_size=None)
+    args = argparse.Namespace(prompts=3, k=2, epochs=1, learning_rate=1e-3, sft_weight=1.0)
+    args.micro_batch_size = args.write_batch_size = None
     live = LiveBytes("write")
     with accelerate_on("cpu"):
         policy, count = train(args, task, model, 0, live, 2)
