@@ -59,12 +59,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--micro-batch-size", type=int, help="responses per forward pass of both; the demo's minibatch if absent"
     )
+    parser.add_argument("--write-batch-size", type=int, help="responses that RRHF writes at a time; PPO's if absent")
     parser.add_argument("--tune", action="store_true", help="judge on training prompts that are kept apart")
     parser.add_argument("--only", choices=NAMES)
     args = parser.parse_args()
     if not (args.demo / "run.json").is_file():
         parser.error(f"{args.demo} is no folder of a finished demo: it has no run.json")
-    for name in ("threads", "rounds", "prompts", "k", "epochs", "micro_batch_size"):
+    for name in ("threads", "rounds", "prompts", "k", "epochs", "micro_batch_size", "write_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -118,7 +119,8 @@ def rrhf(args: argparse.Namespace, task: Task, model: Any, seed: int, live: Any,
             live.mark("write")
             ranked = rf.sample_and_rank(
                 model, asked, str(task.folder / "reward"), k=args.k, tokenizer=task.tokenizer,
-                max_new_tokens=c.max_new_tokens, seed=1000 * seed + turn, batch_size=c.ppo_batch_size,
+                max_new_tokens=c.max_new_tokens, seed=1000 * seed + turn,
+                batch_size=args.write_batch_size or c.ppo_batch_size,
             )  # fmt: skip
             live.mark("update")
             rf.RRHFTrainer(model, data=ranked, tokenizer=task.tokenizer, config=numbers).train()

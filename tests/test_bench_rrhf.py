@@ -112,7 +112,8 @@ def test_both_learn_and_hold_their_models(train, answers, task):
     pytest.importorskip("accelerate")
     task, model = task
     before = {name: p.clone() for name, p in model.named_parameters()}
-    args = argparse.Namespace(prompts=3, k=2, epochs=1, learning_rate=1e-3, sft_weight=1.0, micro_batch_size=None)
+    args = argparse.Namespace(prompts=3, k=2, epochs=1, learning_rate=1e-3, sft_weight=1.0)
+    args.micro_batch_size = args.write_batch_size = None
     live = LiveBytes("write")
     with accelerate_on("cpu"):
         policy, count = train(args, task, model, 0, live, 2)
