@@ -25,6 +25,11 @@ def use_rows(model: Any) -> None:
     unwrap(model).set_attn_implementation(NAME)
 
 
+def leave_rows(model: Any) -> None:
+    """Undo ``use_rows``."""
+    unwrap(model).set_attn_implementation("sdpa")
+
+
 def uses_rows(model: Any) -> bool:
     """Whether ``model`` was prepared by ``use_rows``."""
     return getattr(unwrap(model).config, "_attn_implementation", None) == NAME

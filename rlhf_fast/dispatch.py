@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 #: op → implementation ("reference", "cpp", "cuda", "triton") → a function with the arguments of the op's schema.
@@ -168,6 +169,8 @@ def _autograd(op: Any, backward: Callable, setup_context: Callable | None, kerne
     node: Any = type(f"{op._opname}_node", (torch.autograd.Function,), methods)
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:  # within dual_level, jvp or jacfwd
+            _refuse_tangents(op._opname, args)
         if torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
@@ -190,6 +193,11 @@ def serving(op: str, device: str) -> str:
 
 def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def _refuse_tangents(name: str, args: Sequence) -> None:
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(f"{name} has no forward-mode derivative: use reverse mode (backward, vjp, jacrev)")
 
 
 def _no_backward(name: str) -> Callable:

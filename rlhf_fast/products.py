@@ -85,7 +85,9 @@ def _fit(x: Any, weight: Any, bias: Any) -> bool:
     some = [x, weight] if bias is None else [x, weight, bias]
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in some) or torch.is_autocast_enabled("cpu"):
         return False
-    return bool(x.numel() * weight.numel() >= LEAST * x.shape[-1])
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in some):  # vmap knows F.linear, not _Product
+        return False
+    return bool(x.shape[-1] > 0 and x.numel() * weight.numel() >= LEAST * x.shape[-1])
 
 
 @contextlib.contextmanager

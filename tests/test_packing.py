@@ -1,5 +1,7 @@
 """Packed sequences have the logits that they have alone; the rows are few and always the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from rlhf_fast import dispatch
 from rlhf_fast.attention import can_use_rows, use_rows
 from rlhf_fast.models import token_logits
 from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, uses_varlen
+from rlhf_fast.trainers import online
 
 CPU = torch.device("cpu")
 SEQUENCES = [([5, 9, 3, 7], [False, True, True, True]), ([8], [True]), ([6, 6], [True, True]), ([4] * 7, [True] * 7)]
@@ -147,3 +150,25 @@ def test_a_window_of_attention_is_not_for_rows():
     model = tiny_llama()
     model.config.sliding_window = 4
     assert not can_use_rows(model)
+
+
+def test_a_model_that_cannot_read_rows_is_refused_in_one_sentence(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(model.model, "forward", lambda **_: {}["mask"])
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot read packed sequences .* use packing=false"):
+        check_packing(model)
+
+
+def test_a_model_that_makes_its_own_mask_is_packed_as_before(monkeypatch):
+    """Its mask of bools would meet the places of a layout; with its own it tells the sequences apart."""
+    model = tiny_llama()
+    inner = model.model.forward
+
+    def masked(attention_mask=None, **given):
+        if attention_mask is not None:
+            raise RuntimeError("The size of tensor a must match the size of tensor b")
+        return inner(**given)
+
+    monkeypatch.setattr(model.model, "forward", masked)
+    online.prepare_packing([model], CPU, SimpleNamespace(packing=True, precision="fp32"))
+    assert model.config._attn_implementation == "sdpa"

@@ -117,3 +117,12 @@ def test_bfloat16_would_be_noticed(monkeypatch):
 def test_where_bfloat16_is_native(monkeypatch, flags, device, native):
     monkeypatch.setattr(products, "_cpuinfo", lambda: f"flags : {flags}\n")
     assert products.bfloat16_is_native(torch.device(device)) == native
+
+
+def test_no_input_feature_and_vmap(layers):
+    with products._Layers():
+        assert nn.functional.linear(torch.zeros(4, 0), torch.zeros(3, 0)).shape == (4, 3)
+        layer, x = nn.Linear(7, 5), draw(3, 4, 7).float()
+        found = torch.vmap(layer)(x)
+    torch.testing.assert_close(found, x @ layer.weight.t() + layer.bias)
+    assert not layers

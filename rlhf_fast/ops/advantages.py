@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.dispatch import define
-from rlhf_fast.ops.checks import FLOATS, check_choice, check_number, check_range, check_tensor
+from rlhf_fast.ops.checks import FLOATS, check_choice, check_finite, check_number, check_range, check_tensor
 from rlhf_fast.ops.gae import HOLES
 from rlhf_fast.ops.gae import reference as scan
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES, kl_and_slope
@@ -98,8 +98,10 @@ def advantages(
     check_choice("advantages", "holes", holes, HOLES)
     check_range("advantages", "gamma", gamma, 0.0, 1.0)
     check_range("advantages", "lam", lam, 0.0, 1.0)
-    if clip_scores is not None and not clip_scores > 0:
-        raise ValueError(f"advantages: clip_scores must be above 0, got {clip_scores}")
+    if clip_scores is not None:
+        check_number("advantages", "clip_scores", clip_scores)
+        if not clip_scores > 0:
+            raise ValueError(f"advantages: clip_scores must be above 0, got {clip_scores}")
     given = (scores, logprobs, ref_logprobs, values, last_values)
     double = any(x is not None and x.dtype == torch.float64 for x in given)
     dtype = torch.float64 if double else torch.float32
@@ -155,7 +157,7 @@ def _whitened(x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool) -> Tens
 def _price(kl_coef: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """A number, or a 0-d tensor where reading its number would be a sync."""
     if not isinstance(kl_coef, Tensor):
-        check_number("advantages", "kl_coef", kl_coef)
+        check_finite("advantages", "kl_coef", kl_coef)
         return kl_coef
     if kl_coef.dim() != 0:
         raise ValueError(f"advantages: kl_coef must be a number or 0-d, got {list(kl_coef.shape)}")

@@ -1,5 +1,6 @@
 """What the trainers share whose policy writes its own training data: prompts in, responses out."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,10 @@ def prepare_packing(readers: list[nn.Module], device: torch.device, config: Any)
         packing.prefer_varlen(model, device, config.precision)
         if device.type == "cpu" and attention.can_use_rows(model):
             attention.use_rows(model)
+            with contextlib.suppress(ValueError):
+                packing.check_packing(model)
+                continue
+            attention.leave_rows(model)  # a model that makes its own mask
         packing.check_packing(model)
 
 

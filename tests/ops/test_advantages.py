@@ -389,6 +389,8 @@ def test_compiles_without_a_graph_break_for_any_length(coef):
         ({"holes": "carry"}, ValueError, "advantages: holes must be one of skip, zero, got 'carry'"),
         ({"clip_scores": 0.0}, ValueError, "advantages: clip_scores must be above 0, got 0.0"),
         ({"kl_coef": torch.zeros(1)}, ValueError, r"advantages: kl_coef must be a number or 0-d, got \[1\]"),
+        ({"clip_scores": "1"}, TypeError, "advantages: clip_scores must be a number, got str"),
+        ({"kl_coef": float("nan")}, ValueError, "advantages: kl_coef must be finite, got nan"),
         ({"kl_coef": None}, TypeError, "advantages: kl_coef must be a number, got NoneType"),
     ],
 )

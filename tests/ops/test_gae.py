@@ -320,6 +320,18 @@ def test_a_dispatch_mode_sees_the_call(grad):
     assert all(torch.equal(x, y) for x, y in zip(alone, watched, strict=True))
 
 
+def test_a_forward_mode_derivative_is_refused():
+    """A tangent that is dropped would be a derivative of 0."""
+    values, mask = torch.randn(2, 3), torch.ones(2, 3).bool()
+    with pytest.raises(NotImplementedError, match="gae has no forward-mode derivative"):
+        torch.func.jvp(lambda x: gae(x, values, mask)[0], (torch.randn(2, 3),), (torch.ones(2, 3),))
+    with torch.autograd.forward_ad.dual_level():
+        gae(torch.randn(2, 3), values, mask)
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(2, 3), torch.ones(2, 3))
+        with pytest.raises(NotImplementedError, match="gae has no forward-mode derivative"):
+            gae(dual, values, mask)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -741,3 +741,9 @@ def test_odd_rows_are_sampled_as_by_the_reference(run, device, name):
     ours, theirs = call(run, device, logits, seeds, **given), call(reference, "cpu", logits, seeds, **given)
     assert (int(ours.ids), int(ours.kept), int(ours.status)) == (int(theirs.ids), int(theirs.kept), 0)
     torch.testing.assert_close(ours.logprobs.cpu(), theirs.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_is_promised():
+    bias, temperature = torch.zeros(5, requires_grad=True), torch.ones(2, requires_grad=True)
+    out = sample(torch.randn(2, 5, requires_grad=True), logit_bias=bias, temperature=temperature)
+    assert not any(x.requires_grad for x in out)

@@ -100,7 +100,8 @@ def sample(
         positions = torch.full((rows,), positions or 0, dtype=torch.int64, device=device)
     check_tensor("sample", "positions", positions, dtypes=INTEGERS, shape=(rows,), rule="[B]", device=device)
     keys = seeds.to(torch.int64), positions.to(torch.int64)
-    return SampleOutput(*_sample(logits.detach(), *keys, *knobs.values(), counts, bias, permitted))
+    all_of_them = (logits, *keys, *knobs.values(), counts, bias, permitted)
+    return SampleOutput(*_sample(*(None if x is None else x.detach() for x in all_of_them)))
 
 
 def reference(
