@@ -40,7 +40,7 @@ TORCH ?= 2.6.0 2.13.0
 wheel: $(VENV)/ready
 	rm -rf dist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist/linux .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) -w dist dist/linux/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) -z 9 -w dist dist/linux/*.whl
 	ls -l dist/*.whl
 
 # The wheel of `make wheel` in empty environments with torch alone, one for each version in TORCH, and the tests of the ops

