@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 BUILT_FROM := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/* kernels/cuda/*)
 
-.PHONY: demo test lint bench wheel docs gpu-check clean
+.PHONY: demo test lint bench wheel gpu-check clean
 
 $(VENV)/ready: $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,12 +32,6 @@ wheel: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	ls -l dist
 
-# The site, into site/: needs no compiler.
-docs:
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) mkdocs-material
-	$(BIN)/python -m mkdocs build --strict
-
 # On a machine with a GPU: no network, no virtual environment, the Python that has torch. Ends within ten minutes, with a
 # table. STEPS="build kernels" runs those alone.
 gpu-check:
@@ -45,3 +39,10 @@ gpu-check:
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info rlhf_fast/*.so
+
+# The site, into site/: needs no compiler.
+.PHONY: docs
+docs:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material
+	$(BIN)/python -m mkdocs build --strict
