@@ -5,18 +5,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 BUILT_FROM := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/* kernels/cuda/*)
 
-.PHONY: demo test lint bench wheel gpu-check clean
+.PHONY: demo test lint bench wheel wheel-check gpu-check clean
 
 $(VENV)/ready: $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel pybind11 cmake ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e ".[train,triton,test,bench]" ruff mypy clang-format
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e ".[train,triton,test,test-peers,bench]" ruff mypy clang-format
+	touch $@
+
+# Without their dependencies, which are heavy: the tests stub those. OpenRLHF has a wheel for one Python only.
+$(VENV)/peers: $(VENV)/ready
+	$(PIP) --no-deps verl "openrlhf; python_version == '3.11' and platform_machine == 'x86_64'"
 	touch $@
 
 demo: $(VENV)/ready
 	$(BIN)/rlhf-fast demo
 
-test: $(VENV)/ready
+test: $(VENV)/peers
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/ready
@@ -28,9 +33,20 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/rlhf-fast bench --out benchmarks/results
 
+# The oldest glibc that this machine's compiler leaves to the wheel; in the container of a hosted runner it is 2.28.
+PLATFORM ?= manylinux_2_34_x86_64
+TORCH ?= 2.6.0 2.13.0
+
 wheel: $(VENV)/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	ls -l dist
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist/linux .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) -w dist dist/linux/*.whl
+	ls -l dist/*.whl
+
+# The wheel of `make wheel` in empty environments with torch alone, one for each version in TORCH, and the tests of the ops
+# there. PyPI's Linux builds bring 3 GB of CUDA along: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has small ones.
+wheel-check:
+	$(PYTHON) .ci/check_wheel.py dist/*.whl $(TORCH)
 
 # On a machine with a GPU: no network, no virtual environment, the Python that has torch. Ends within ten minutes, with a
 # table. STEPS="build kernels" runs those alone.

@@ -1,7 +1,8 @@
 """Builds the two extension modules with CMake; everything else about the package is in pyproject.toml.
 
 Knobs, all from the environment: RLHF_FAST_CPP=OFF (pure Python), RLHF_FAST_CUDA=AUTO|ON|OFF,
-RLHF_FAST_CUDA_ARCHS="80-real;90-real", MAX_JOBS, CUDACXX or CUDA_HOME.
+RLHF_FAST_CUDA_ARCHS="80-real;90-real", MAX_JOBS, CUDACXX or CUDA_HOME; RLHF_FAST_VARIANT=cu12 puts "+cu12" behind the
+version, for a wheel that is not the one of the package index.
 """
 
 import os
@@ -54,7 +55,9 @@ class CMakeBuild(build_ext):
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"setuptools {setuptools.__version__} cannot read the licence in pyproject.toml: 77 or newer is needed")
+variant = os.environ.get("RLHF_FAST_VARIANT", "")
+options = {"egg_info": {"tag_build": f"+{variant}"}} if variant else {}
 if os.environ.get("RLHF_FAST_CPP", "ON").upper() in ("OFF", "0", "FALSE"):
-    setup()
+    setup(options=options)
 else:
-    setup(ext_modules=[Extension("rlhf_fast._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=[Extension("rlhf_fast._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild}, options=options)

@@ -203,6 +203,9 @@ def extension(name: str) -> ModuleType | str:
     """The compiled module ``_cpu`` or ``_cuda``, or the sentence that says why there is none."""
     if find_spec(f"rlhf_fast.{name}") is None:
         return f"rlhf_fast.{name} was not built"
+    if name == "_cpu" and not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        # It takes OpenMP from the process: that of PyTorch, or the system's where PyTorch was built without.
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     return import_module(f"rlhf_fast.{name}")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ TEXT = (DOCS / "kernels.md").read_text(encoding="utf-8")
 @pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
 def test_the_raw_call_computes_what_it_says():
     np = pytest.importorskip("numpy")
-    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    snippet, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict = {}
     exec(snippet, names)
     (printed,) = re.findall(r"print\(advantages.round\(3\)\) +# (.*)", snippet)
@@ -29,12 +31,41 @@ def test_the_raw_call_computes_what_it_says():
     assert {name: int(code) for code, name in said.items()} == codes
 
 
+@pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
+def test_tensors_of_other_libraries_come_by_dlpack():
+    np = pytest.importorskip("numpy")
+    snippet, dlpack = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    exact = np.array([np.exp(1) / (1 + np.exp(1)), np.exp(3) / (1 + np.exp(3))])  # of two logits 1 and 3 apart
+    parts = dlpack.split("\n\n")
+    assert len(parts) == 3
+    for part in ("\n\n".join(parts[:2]), parts[2]):  # float32 strided, then bfloat16
+        exec(part, names)
+        (printed,) = re.findall(r"print\(logprobs.round\(3\)\) +# (.*)", part)
+        assert str(names["logprobs"].round(3)) == printed
+        assert np.allclose(names["logprobs"], np.log(exact), atol=1e-6)
+        assert np.allclose(names["entropy"], -(exact * np.log(exact) + (1 - exact) * np.log(1 - exact)), atol=1e-6)
+        names["logprobs"][:] = 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_cpp_calls_a_kernel_without_python(tmp_path):
+    (source,) = re.findall(r"```cpp\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "main.cpp").write_text(source)
+    kernel, program = DOCS.parent / "csrc" / "cpu" / "gae.cpp", tmp_path / "gae"
+    flags = ["-std=c++17", "-O1", "-fopenmp", "-Wno-psabi", "-I", str(DOCS.parent / "csrc")]
+    subprocess.run(["g++", *flags, str(tmp_path / "main.cpp"), str(kernel), "-o", str(program)], check=True)
+    printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    assert printed == re.findall(r"advantages\[2\]\);  // (.*)", source)[0] + "\n"
+
+
 def test_every_op_has_its_section():
     ops = ["logprobs", "kl", "gae", "advantages", "ppo_loss", "sample"]
     assert re.findall(r"^## (\w+)$", TEXT, re.MULTILINE) == ops
 
 
-@pytest.mark.parametrize("page", ["kernels.md", "scale.md"])
+@pytest.mark.parametrize("page", ["kernels.md", "rrhf.md", "scale.md"])
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", (DOCS / page).read_text(encoding="utf-8"))
     assert links

@@ -40,7 +40,7 @@ LAYERS = (
         "rewards",
     },
     {"metrics", "report", "trainers"},
-    {"demo", "evaluation"},
+    {"demo", "evaluation", "integrations"},
     {"cli", "commands", "flags", "doctor", "sweep", "bench"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

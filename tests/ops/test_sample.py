@@ -7,13 +7,6 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import given as drawn
 from hypothesis import strategies as st
-from transformers import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from rlhf_fast.ops import logprobs, sample
 from rlhf_fast.ops.sample import CHUNK, SampleOutput, reference
@@ -65,13 +58,14 @@ def call(run, device, logits, seeds=None, positions=None, **given):
 
 def transformers_scores(logits, temperature=None, top_k=None, top_p=None, min_p=None):
     """What transformers' generate leaves of float32 (float64) logits, in the order of its processors."""
+    transformers = pytest.importorskip("transformers")
     scores = logits if logits.dtype == torch.float64 else logits.float()
     ids = torch.zeros(len(logits), 1, dtype=torch.int64)
     for value, warper in (
-        (temperature, TemperatureLogitsWarper),
-        (top_k, TopKLogitsWarper),
-        (top_p, TopPLogitsWarper),
-        (min_p, MinPLogitsWarper),
+        (temperature, transformers.TemperatureLogitsWarper),
+        (top_k, transformers.TopKLogitsWarper),
+        (top_p, transformers.TopPLogitsWarper),
+        (min_p, transformers.MinPLogitsWarper),
     ):
         if value is not None:
             scores = warper(value)(ids, scores)
@@ -540,7 +534,7 @@ def test_bias_penalties_and_allowed(run, device):
     counts = torch.zeros(8, 60, dtype=torch.int64).scatter_add_(1, ids, torch.ones_like(ids))
     bias = rows((8, 60), seed=20, scale=0.5)
     allowed = rows((8, 60), seed=21) > 0
-    scores = RepetitionPenaltyLogitsProcessor(1.3)(ids, logits + bias)
+    scores = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(1.3)(ids, logits + bias)
     scores = scores - 0.2 * counts - 0.1 * (counts > 0)
     scores = torch.where(allowed, scores / 0.8, -math.inf)
     expected = transformers_scores(scores, top_p=0.9)

@@ -139,7 +139,7 @@ def backward(
 
 
 def _bounds(cliprange: float | tuple[float, float]) -> tuple[float, float]:
-    bounds = cliprange if isinstance(cliprange, tuple | list) else (cliprange, cliprange)
+    bounds = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     if len(bounds) != 2:
         raise ValueError(f"ppo_loss: cliprange must be a number or (low, high), got {cliprange}")
     for bound in bounds:
