@@ -63,7 +63,7 @@ def transformers():
     from transformers import TrainingArguments
 
     tokenizer = tiny_tokenizer()
-    ids = torch.tensor(tokenizer(["the movie was", "this plot is"])["input_ids"])
+    ids = torch.tensor(tokenizer(["the movie was"] * 2)["input_ids"])
     quiet = {"report_to": "none", "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
     return {
         "model": tiny_gpt2(tokenizer), "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -79,6 +79,9 @@ HOLDS = {
     "index.md": lambda names, out: names["stats"]["scores"] <= 0 and len(out.splitlines()) >= 3,
     "from-trl-ppo.md": lambda names, out: json.loads(Path("runs/ppo/run.json").read_text())["finished"],
     "faq.md": lambda names, out: out == "7  no_eos  only 10% of the responses end\n",
+    "transformers.md": lambda names, out: (
+        names["logprobs"].shape == (2, 64) and names["trainer"].state.global_step == 1
+    ),
     "design.md": lambda names, out: out == dispatch.serving("gae", "CPU") + "\n",
 }
 
