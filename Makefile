@@ -54,4 +54,11 @@ gpu-check:
 	$(PYTHON) -u benchmarks/gpu_check.py $(STEPS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rlhf_fast/*.so
+	rm -rf $(VENV) build dist site *.egg-info rlhf_fast/*.so
+
+# The site, into site/: needs no compiler.
+.PHONY: docs
+docs:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material
+	$(BIN)/python -m mkdocs build --strict
