@@ -333,7 +333,7 @@ def test_what_looks_like_a_path_never_reaches_the_network(shelf, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(shelf)
-    for name in ("runs/none", "./none", "/none", "~/none-such", "a/b/c", "../x"):
+    for name in ("runs/none", "./none", "/none", "~/none-such", "a/b/c", "../none-such"):
         with pytest.raises(ValueError, match="holds no model: there is no such folder"):
             load_policy(name)
     for name in ("runs/sft", "./runs/sft", shelf / "runs" / "sft"):
