@@ -123,11 +123,7 @@ def packed_values(model: Any, packed: Packed) -> Tensor:
 
 
 def _packed_hidden(model: Any, packed: Packed) -> Tensor:
-    with silent():
-        output = unwrap(model).base_model(
-            input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True
-        )
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor = _through(unwrap(model).base_model, model, packed).last_hidden_state
     return hidden
 
 
@@ -141,11 +137,9 @@ def packed_logits(model: Any, packed: Packed) -> Tensor:
     head = unwrap(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, hidden: (_predicting(hidden[0], packed)[None],))
     try:
-        with silent():  # it warns of padding without a mask, which no sequence sees
-            output = model(input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True)
+        logits: Tensor = _through(model, model, packed).logits
     finally:
         hook.remove()
-    logits: Tensor = output.logits
     return logits[0]
 
 
@@ -154,10 +148,13 @@ def _predicting(hidden: Tensor, packed: Packed) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, packed.at)
 
 
-def _places(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """What tells ``model`` the sequences apart."""
-    places = {"position_ids": packed.positions}
-    return places | {"attention_mask": layout(packed.positions)} if uses_rows(model) else places
+def _through(module: Any, model: Any, packed: Packed) -> Any:
+    """What ``module``, ``model`` or its backbone, makes of the rows."""
+    given = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False, "return_dict": True}
+    if uses_rows(model):
+        return module(**given, attention_mask=layout(packed.positions))
+    with silent():  # it warns of padding without a mask, which no sequence sees
+        return module(**given)
 
 
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
