@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
@@ -136,7 +136,7 @@ class GRPOTrainer:
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers |= dict.fromkeys(token_readers(self.reward), 1)
-        online.prepare_packing([self.policy, *([self.reference] if self.reference else [])], device, c)
+        self.attention = packing.prepare([m for m in (self.policy, self.reference) if m is not None], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         learning.shard(self.accelerator, [self.policy, self.reference])
@@ -245,8 +245,7 @@ class GRPOTrainer:
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""
-        if self.config.sample_every and step % self.config.sample_every == 0:
-            run.show_samples(step, self.samples)
+        online.show_samples(self, step, run)
         return {}
 
     def save(self, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
@@ -141,7 +141,7 @@ class PPOTrainer:
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
-        online.prepare_packing([self.policy, self.reference, self.critic], device, c)
+        self.attention = packing.prepare([self.policy, self.reference, self.critic], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
@@ -242,8 +242,7 @@ class PPOTrainer:
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""
-        if self.config.sample_every and step % self.config.sample_every == 0:
-            run.show_samples(step, self.samples)
+        online.show_samples(self, step, run)
         return {}
 
     def save(self, folder: Path) -> None:

@@ -78,9 +78,7 @@ class SFTTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
         self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
-        if self.config.packing:
-            packing.prefer_varlen(self.model, learning.home(self.accelerator), self.config.precision)
-            packing.check_packing(self.model)
+        self.attention = packing.prepare([self.model], learning.home(self.accelerator), self.config, rows=False)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
@@ -138,7 +136,7 @@ class SFTTrainer:
             return self.packed_loss(batch)
         sequences, masks = [example.ids for example in batch], [example.mask for example in batch]
         answers = offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
-        return -offline.logprobs(self.model, answers, self.config.precision).sum()
+        return -offline.logprobs(self.model, answers, self.config).sum()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
