@@ -129,8 +129,8 @@ class DistillTrainer:
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
         self.model = learning.trainable(student, self.device, c)
         self.teacher = models.frozen_copy(self.teacher).to(self.device)
-        self.attention = packing.prepare([self.model, self.teacher], self.device, c)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
+        self.attention = packing.prepare([self.model, self.teacher], self.device, c)
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward

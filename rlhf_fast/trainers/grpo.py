@@ -136,9 +136,9 @@ class GRPOTrainer:
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers |= dict.fromkeys(token_readers(self.reward), 1)
-        self.attention = packing.prepare([m for m in (self.policy, self.reference) if m is not None], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
+        self.attention = packing.prepare([m for m in (self.policy, self.reference) if m is not None], device, c)
         learning.shard(self.accelerator, [self.policy, self.reference])
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)
         self.learners, self.moments = {"": self.policy}, RunningMoments()

@@ -141,10 +141,10 @@ class PPOTrainer:
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
-        self.attention = packing.prepare([self.policy, self.reference, self.critic], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
+        self.attention = packing.prepare([self.policy, self.reference, self.critic], device, c)
         learning.shard(self.accelerator, [self.policy, self.reference, self.critic])
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)
