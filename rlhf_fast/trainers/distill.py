@@ -106,6 +106,8 @@ class DistillTrainer:
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
         self.accelerator = learning.accelerator()
         c = self.config = chosen(config, DistillConfig)
+        if reward is None and not c.alpha:
+            raise ValueError("DistillConfig.alpha is 0 and there is no reward: there would be nothing to learn")
         self.device, self.output_dir, self.own = self.accelerator.device, output_dir, data is None
         records = read_records(prompts if self.own else data)
         eval_records = [] if eval_data is None else read_records(eval_data)
@@ -162,7 +164,7 @@ class DistillTrainer:
             if not self.config.skip_failed_rewards:
                 raise
             warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
-            self.done, self.skipped = self.done + 1, self.skipped + 1
+            self.done, self.skipped, self.samples = self.done + 1, self.skipped + 1, []
             return {"skipped": float(self.skipped)}
         tokens = int(stats["tokens"])
         total = offline.summed(self.losses(parts, advantages, tokens), self.accelerator.backward)
@@ -236,10 +238,10 @@ class DistillTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_divergence``, the mean over the response tokens of the held-out data, in nats."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        mine = learning.split(processes.share(self.eval_examples), size)
-        found = offline.summed(self.loss(self.collate(part), None, offline.count(self.eval_examples)) for part in mine)
+        """``eval_divergence`` of the held-out responses, mean per token in nats. Raises ``ValueError`` without any."""
+        examples, size = offline.held_out(self), self.config.micro_batch_size or self.config.batch_size
+        mine = learning.split(processes.share(examples), size)
+        found = offline.summed(self.loss(self.collate(part), None, offline.count(examples)) for part in mine)
         return {"eval_divergence": found["divergence"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

@@ -196,8 +196,8 @@ class DPOTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The statistics of ``loss`` over the held-out pairs, ``eval_`` before each name."""
-        found = learning.numbers(offline.summed(self.losses(self.eval_examples)))
+        """The statistics of ``loss`` over the held-out pairs, as ``eval_...``. Raises ``ValueError`` without any."""
+        found = learning.numbers(offline.summed(self.losses(offline.held_out(self))))
         return {f"eval_{name}": value for name, value in found.items()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

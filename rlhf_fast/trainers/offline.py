@@ -71,6 +71,14 @@ def due(trainer: Any, step: int) -> bool:
     return bool(trainer.eval_examples) and (step == trainer.steps or (every > 0 and step % every == 0))
 
 
+def held_out(trainer: Any) -> list[Any]:
+    """The examples to evaluate on. Raises ``ValueError`` where there are none."""
+    if not trainer.eval_examples:
+        raise ValueError("there is nothing to evaluate on: eval_data is absent")
+    examples: list[Any] = trainer.eval_examples
+    return examples
+
+
 def save(trainer: Any, folder: Path, **numbers: Any) -> None:
     """Write a checkpoint: the model, the optimizer, how many steps are taken, and further ``numbers``."""
     trainer.save_model(folder)

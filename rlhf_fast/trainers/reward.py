@@ -208,9 +208,7 @@ class RewardTrainer:
 
         Raises ``ValueError`` where there are none.
         """
-        if not self.eval_examples:
-            raise ValueError("there is nothing to evaluate on: eval_data is absent")
-        return self._judge(self.eval_examples)[0]
+        return self._judge(offline.held_out(self))[0]
 
     @torch.no_grad()
     def _judge(self, examples: list[Any]) -> tuple[dict[str, float], Tensor]:

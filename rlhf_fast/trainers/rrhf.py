@@ -179,10 +179,10 @@ class RRHFTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, its two terms and ``eval_accuracy`` of the held-out prompts."""
-        batches = learning.split(self.eval_examples, self.config.batch_size)
-        parts = itertools.chain.from_iterable(map(self.parts, batches))
-        found = offline.summed(self.judge(part, len(self.eval_examples)) for part in parts)
+        """``eval_loss``, its terms and ``eval_accuracy`` of the held-out prompts. Raises ``ValueError`` without any."""
+        examples = offline.held_out(self)
+        parts = itertools.chain.from_iterable(map(self.parts, learning.split(examples, self.config.batch_size)))
+        found = offline.summed(self.judge(part, len(examples)) for part in parts)
         return {f"eval_{name}": value for name, value in with_accuracy(learning.numbers(found)).items()}
 
     def judge(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:

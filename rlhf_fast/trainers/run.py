@@ -23,7 +23,8 @@ from rlhf_fast.trainers.page import write_page
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing")
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing",
+        "packing")  # fmt: skip
 
 
 def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
@@ -197,9 +198,8 @@ class Run:
         from rich.table import Table
 
         table = Table("prompt", "response", "score", title=f"step {step}", show_lines=True)
-        for sample in samples:
-            texts, score = [_short(sample[name]) for name in ("prompt", "response")], sample["score"]
-            table.add_row(*texts, "" if score is None else f"{score:.3f}")
+        for prompt, response, score in (map(s.get, ("prompt", "response", "score")) for s in samples):
+            table.add_row(_short(prompt), _short(response), "" if score is None else f"{score:.3f}")
         with self.bar.external_write_mode(file=sys.stderr):
             Console(stderr=True, markup=False, highlight=False).print(table)
 

@@ -140,13 +140,13 @@ class SFTTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, the mean over the response tokens of the held-out data."""
-        tokens, size = offline.count(self.eval_examples), self.config.batch_size
+        """``eval_loss``, the mean over the response tokens of the held-out data. Raises ``ValueError`` without any."""
+        examples, size = offline.held_out(self), self.config.batch_size
 
         def cut(mine: list[data.Example]) -> list[list[Any]]:
             return [part for some in learning.split(mine, size) for part in self.parts(some)]
 
-        found = offline.summed(self.losses(self.eval_examples, tokens, cut))
+        found = offline.summed(self.losses(examples, offline.count(examples), cut))
         return {"eval_loss": found["loss"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

@@ -150,6 +150,31 @@ def test_what_a_student_writes_is_shown_like_what_a_policy_writes(tmp_path, caps
     assert ("<b class=" in page) == scored
 
 
+@pytest.mark.parametrize("trainer", [rf.PPOTrainer, rf.GRPOTrainer, rf.DistillTrainer])
+def test_a_step_that_is_skipped_shows_nothing(tmp_path, trainer):
+    asked = []
+
+    def reward(prompts, responses):
+        asked.append(prompts)
+        if len(asked) == 2:
+            raise OSError("no connection")
+        return length(prompts, responses)
+
+    kind = {rf.PPOTrainer: rf.PPOConfig, rf.GRPOTrainer: rf.GRPOConfig, rf.DistillTrainer: rf.DistillConfig}[trainer]
+    more = {} if trainer is rf.DistillTrainer else {"minibatch_size": 2}
+    config = kind(
+        steps=3, batch_size=2, max_new_tokens=4, sample_every=1, skip_failed_rewards=True, quiet=True, **more
+    )  # fmt: skip
+    given = {"teacher": tiny_llama(TOKENIZER, seed=1)} if trainer is rf.DistillTrainer else {}
+    with pytest.warns(UserWarning, match="step 2 is skipped"):
+        trainer(
+            tiny_llama(TOKENIZER), prompts=PROMPTS, reward=reward, output_dir=tmp_path / "run", tokenizer=TOKENIZER,
+            config=config, **given,
+        ).train()  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {1, 3}
+
+
 def test_of_given_responses_there_is_no_table(tmp_path, capsys):
     config = rf.DistillConfig(sample_every=1, batch_size=2)
     trainer = rf.DistillTrainer(
