@@ -131,8 +131,10 @@ class DPOTrainer:
             parts = learning.split(processes.share(pairs), size)
             return [x for part in parts for x in self.logprobs(reference, self.collate(part)).double().T.tolist()]
 
-        every = itertools.chain.from_iterable(processes.gathered(said))
-        packing.put_back(attention)
+        try:
+            every = itertools.chain.from_iterable(processes.gathered(said))
+        finally:
+            packing.put_back(attention)
         self.known = {id(pair): (first, second) for pair, (first, second) in zip(pairs, every, strict=True)}
 
     def train(self, *, resume: bool = False) -> dict[str, float]:

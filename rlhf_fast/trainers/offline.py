@@ -138,7 +138,8 @@ def collate(sequences: Sequence[list[int]], masks: Sequence[list[bool]], pad_id:
     # Of empty lists there is no dtype to tell.
     prompts, responses, counts = prompts.long(), responses.long(), counts.bool()
     found = torch.cat([prompts, responses], 1), torch.cat([before, there], 1), responses, counts
-    return Answers(*(x.to(device, non_blocking=True) for x in found), before.sum(1), there.sum(1), counts)
+    lengths = {"prompt_lengths": before.sum(1), "lengths": there.sum(1)}
+    return Answers(*(x.to(device, non_blocking=True) for x in found), **lengths, counts=counts)
 
 
 def answered(sequence: list[int], prompt_length: int) -> list[bool]:

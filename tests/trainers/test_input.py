@@ -69,6 +69,16 @@ def test_an_evaluation_without_data(trainer, given):
         trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, **given).evaluate()
 
 
+def test_a_column_that_has_another_name_elsewhere():
+    for record in (
+        {"prompt": "the movie", "completion": " was good"},
+        {"prompt": "the", "completion": "a", "label": 1},
+    ):
+        trainer = rf.RewardTrainer if "label" in record else rf.SFTTrainer
+        with pytest.raises(ValueError, match='record 1: "response" is missing: rename "completion"'):
+            trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, data=[record])
+
+
 def test_a_student_with_nothing_to_learn():
     trainer, given = TRAINERS[-2]
     with pytest.raises(ValueError, match=r"DistillConfig\.alpha is 0 and there is no reward"):
