@@ -187,6 +187,15 @@ def test_logprobs_are_those_of_input_padded_on_either_side(make, rows, count):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+def test_tokens_that_do_not_count_are_not_predicted():
+    """8, in the midst of the first answer, is read and not predicted."""
+    answers = offline.collate(SEQUENCES, MASKS, 0, CPU)
+    for packed in (answers.spots.packed, answers.flat_spots.packed):
+        assert packed.targets[:3].tolist() == [7, 9, 3]
+        assert packed.ids.flatten()[packed.at[:3]].tolist() == [6, 8, 4]
+        assert (packed.at[3:] == 0).all()
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_single_token_is_a_sequence_without_an_answer(flat):
     mask = torch.zeros(1, 1, dtype=torch.bool)
