@@ -12,8 +12,7 @@ from rlhf_fast import attention, dispatch
 from rlhf_fast.attention import can_use_rows, use_rows
 from rlhf_fast.generate import decode
 from rlhf_fast.models import token_logits
-from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, uses_varlen
-from rlhf_fast.trainers import online
+from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, prepare, uses_varlen
 
 CPU = torch.device("cpu")
 SEQUENCES = [([5, 9, 3, 7], [False, True, True, True]), ([8], [True]), ([6, 6], [True, True]), ([4] * 7, [True] * 7)]
@@ -207,5 +206,6 @@ def test_a_model_that_makes_its_own_mask_is_packed_as_before(monkeypatch):
         return inner(**given)
 
     monkeypatch.setattr(model.model, "forward", masked)
-    online.prepare_packing([model], CPU, SimpleNamespace(packing=True, precision="fp32"))
+    (prepared,) = prepare([model], CPU, SimpleNamespace(packing=True, precision="fp32"))
+    assert prepared[1:] == ("sdpa", "sdpa")
     assert model.config._attn_implementation == "sdpa"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models
+from rlhf_fast import data, models, packing
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
@@ -37,6 +37,7 @@ class RRHFConfig:
     max_length: int | None = option(None, "longest prompt and response in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer response stops the run, or is cut, or its prompt left out",
                            choices=data.OVERLONG)  # fmt: skip
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the prompts", low=0, high=2**63 - 1)
@@ -84,6 +85,7 @@ class RRHFTrainer:
         answers = (example.answers for example in [*self.examples, *self.eval_examples])
         models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
         self.model = learning.trainable(policy, self.accelerator.device, self.config)
+        self.attention = packing.prepare([self.model], self.accelerator.device, self.config)
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
@@ -139,7 +141,7 @@ class RRHFTrainer:
             return stats
         (slopes,) = torch.autograd.grad(output.loss, found)
         for rows in chunks:
-            again = offline.logprobs(self.model, answers.select(rows), self.config.precision)
+            again = offline.logprobs(self.model, answers.select(rows), self.config)
             self.accelerator.backward((again * slopes[rows]).sum())
         return stats
 
@@ -177,10 +179,10 @@ class RRHFTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, its two terms and ``eval_accuracy`` of the held-out prompts."""
-        batches = learning.split(self.eval_examples, self.config.batch_size)
-        parts = itertools.chain.from_iterable(map(self.parts, batches))
-        found = offline.summed(self.judge(part, len(self.eval_examples)) for part in parts)
+        """``eval_loss``, its terms and ``eval_accuracy`` of the held-out prompts. Raises ``ValueError`` without any."""
+        examples = offline.held_out(self)
+        parts = itertools.chain.from_iterable(map(self.parts, learning.split(examples, self.config.batch_size)))
+        found = offline.summed(self.judge(part, len(examples)) for part in parts)
         return {f"eval_{name}": value for name, value in with_accuracy(learning.numbers(found)).items()}
 
     def judge(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
@@ -190,10 +192,8 @@ class RRHFTrainer:
 
     def read(self, answers: offline.Answers) -> Tensor:
         """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time."""
-        found = [
-            offline.logprobs(self.model, answers.select(rows), self.config.precision) for rows in self.chunks(answers)
-        ]
-        return torch.cat(found)
+        chunks = self.chunks(answers)
+        return torch.cat([offline.logprobs(self.model, answers.select(rows), self.config) for rows in chunks])
 
     def chunks(self, answers: offline.Answers) -> tuple[Tensor, ...]:
         """The rows of ``answers`` that go through the model together."""

@@ -23,7 +23,8 @@ from rlhf_fast.trainers.page import write_page
 
 RECORD = "run.json"
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing")
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing",
+        "packing")  # fmt: skip
 
 
 def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
@@ -52,7 +53,7 @@ class Run:
         warnings.jsonl      what trainers/watch.py found in them, if anything
         report.html         all of that as a page, also of a run that fails
         tensorboard/        the same numbers
-        samples.jsonl       responses written during PPO
+        samples.jsonl       responses written during PPO, GRPO or distillation
         margins.jsonl       a histogram per evaluation of a reward model
         checkpoints/step-N  the last ``keep`` of them, each complete: it is renamed into place when all is written
         (the files of the final model, as ``save_pretrained`` names them)
@@ -188,7 +189,7 @@ class Run:
                 lines.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
     def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append ``{prompt, response, score}`` records to samples.jsonl and print them as a table."""
+        """Append ``{prompt, response, score}`` records, a score maybe None, to samples.jsonl; print them as a table."""
         for sample in samples:
             self.append("samples.jsonl", step, sample)
         if self.quiet:
@@ -197,8 +198,8 @@ class Run:
         from rich.table import Table
 
         table = Table("prompt", "response", "score", title=f"step {step}", show_lines=True)
-        for sample in samples:
-            table.add_row(_short(sample["prompt"]), _short(sample["response"]), f"{sample['score']:.3f}")
+        for prompt, response, score in (map(s.get, ("prompt", "response", "score")) for s in samples):
+            table.add_row(_short(prompt), _short(response), "" if score is None else f"{score:.3f}")
         with self.bar.external_write_mode(file=sys.stderr):
             Console(stderr=True, markup=False, highlight=False).print(table)
 
