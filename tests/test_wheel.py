@@ -67,6 +67,30 @@ def test_a_variant_has_a_version_of_its_own(variant, version, tmp_path):
     assert f"\nVersion: {version}\n" in info.read_text()
 
 
+CONFIGURE = """
+import runpy, subprocess, sys
+run = subprocess.run
+subprocess.run = lambda command, **given: run(command, **given) if "-S" in command else None
+sys.argv = ["setup.py", "-q", "build_ext", "-t", sys.argv[1], "-b", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="pybind11 is not installed")
+def test_a_second_build_does_not_look_for_the_tools_of_the_first(tmp_path):
+    """pip installs cmake and ninja for one build and removes them; the folder of the build remains."""
+    ninja = shutil.which("ninja", path=PATH)
+    if ninja is None or shutil.which("cmake", path=PATH) is None:
+        pytest.skip("ninja or cmake is not installed")
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "ninja").symlink_to(ninja)
+    for path in (f"{first}{os.pathsep}{PATH}", PATH):
+        python("-c", CONFIGURE, str(tmp_path / "build"), RLHF_FAST_CUDA="OFF", PATH=path)
+        shutil.rmtree(first, ignore_errors=True)
+    assert f"={ninja}\n" in next(tmp_path.glob("build/**/CMakeCache.txt")).read_text()
+
+
 @pytest.mark.skipif(find_spec("pybind11") is None, reason="pybind11 is not installed")
 def test_the_wheels_gpu_kernels_are_for_what_the_page_says(tmp_path):
     """Configured as in the workflow, not built: with ON nobody has looked for nvcc before it is asked what it can."""
