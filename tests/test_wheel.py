@@ -41,7 +41,7 @@ def test_cibuildwheel_builds_one_wheel_per_python():
 
 def test_the_workflow_builds_each_cuda_with_what_is_in_the_tree():
     yaml = pytest.importorskip("yaml")
-    (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
+    job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["build"]
     variants = {row["variant"]: row["cuda"] for row in job["strategy"]["matrix"]["include"]}
     assert variants == {"": "13-0", "cu12": "12-9"}
     steps = job["steps"]
@@ -65,6 +65,17 @@ def test_a_variant_has_a_version_of_its_own(variant, version, tmp_path):
     python("setup.py", "-q", "egg_info", "-e", str(tmp_path), RLHF_FAST_CPP="OFF", RLHF_FAST_VARIANT=variant)
     (info,) = tmp_path.glob("*.egg-info/PKG-INFO")
     assert f"\nVersion: {version}\n" in info.read_text()
+
+
+def test_the_source_distribution_has_what_a_build_reads(tmp_path):
+    python("setup.py", "-q", "egg_info", "-e", str(tmp_path), RLHF_FAST_CPP="OFF")
+    (listed,) = (path.read_text().splitlines() for path in tmp_path.glob("*.egg-info/SOURCES.txt"))
+    folders = [path for folder in ("csrc", "kernels", "rlhf_fast") for path in (ROOT / folder).rglob("*.*")]
+    read = {str(path.relative_to(ROOT)) for path in folders if path.suffix not in (".so", ".pyc") and path.is_file()}
+    read |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert len(read) > 150
+    assert read <= set(listed)
+    assert not any(path.startswith("tests/") for path in listed)  # some of them would be none of them
 
 
 CONFIGURE = """
