@@ -51,9 +51,8 @@ def _panel(panel, row: dict, bars: int) -> None:
     for place, (name, ratio) in enumerate(times.items()):
         text = f"{_duration(row['us'])}" if name == "ours" else f"{ratio:.3g}×"
         panel.annotate(text, (ratio, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
-    title = (
-        f"{row['case']}   {row['GB/s']:{'.0f' if row['GB/s'] >= 100 else '.3g'}} GB/s, {row['% copy']:.2g} % of a copy"
-    )
+    speed, share = (f"{number:{'.0f' if number >= 100 else '.3g'}}" for number in (row["GB/s"], row["% copy"]))
+    title = f"{row['case']}   {speed} GB/s, {share} % of a copy"
     panel.set_title(title, fontsize=8.5, loc="left")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.minorticks_off()
