@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: rows, ratios, goals, charts, and the path of a GPU walked without one."""
 
+import dataclasses
 import json
 import re
 from importlib.util import find_spec
@@ -63,6 +64,13 @@ def test_a_row_by_hand(monkeypatch):
         "ratios": {"twice": 2.0},
     }  # fmt: skip
     assert notes == {"wrong, three": "computes something else", "broken, three": "ValueError: this one"}
+
+    def found(gradient):
+        row = harness.measure(dataclasses.replace(case, gradient=gradient), "cpu", {})
+        return row["peak MiB"], row.get("peak / gradient")
+
+    assert found(2**20) == (1.0, 1.0)
+    assert found(2**21) == (None, None)  # a new gradient of 2 MiB is not made in 1 MiB: the counter has missed it
 
 
 def test_inputs_take_turns():
