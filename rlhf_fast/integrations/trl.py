@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations.head import Head, HeadLogprobs
 from rlhf_fast.integrations import trl_dpo, trl_losses
+from rlhf_fast.integrations.head import Head, HeadLogprobs
 from rlhf_fast.integrations.patching import Peer, Replacement
 from rlhf_fast.ops.logprobs import logprobs
 
@@ -100,8 +100,8 @@ def _check(temperature: float) -> None:
 def _dtype(logits: Tensor, *others: Any) -> torch.dtype:
     """What TRL's own function returns for these: its kernel, where it would run, makes float32."""
     utils = import_module(UTILS)
-    supported = getattr(utils, "_supports_trl_loss_kernel", None)
-    kernel = supported is not None and utils.is_triton_available() and supported(logits, *others)
+    there = getattr(utils, "_fused_logprob_entropy", None) is not None  # since 1.14, where Triton is installed
+    kernel = there and utils._supports_trl_loss_kernel(logits, *others)
     return torch.float32 if kernel else logits.dtype
 
 

@@ -116,13 +116,13 @@ def _is_known(trainer: Any, original: Callable) -> bool:
 
 def _loss(trainer: Any, logps: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
     """The weighted sum of the trainer's losses; ``logps``, ``reference`` and ``lengths`` ``[B]``."""
-    total = logps.new_zeros(())
+    ratios, none = logps - reference, torch.zeros(len(logps) // 2, device=logps.device)
+    losses = []
     for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
         kind, normed = KINDS[name]
-        pair = [x / lengths if normed else x for x in (logps, reference)]
-        (chosen, rejected), (ref_chosen, ref_rejected) = (x.chunk(2) for x in pair)
-        total = total + weight * dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=trainer.beta, kind=kind)
-    return total
+        pair = (ratios / lengths if normed else ratios).chunk(2)
+        losses.append(weight * dpo_loss(*pair, none, none, beta=trainer.beta, kind=kind))
+    return torch.stack(losses).sum()
 
 
 def _log(trainer: Any, tokens: Tokens, mask: Tensor, logps: Tensor, reference: Tensor, attended: Tensor) -> None:

@@ -6,12 +6,13 @@ reproduced here, by the trainer's options, runs TRL's own method.
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.losses.inputs import precise
+from rlhf_fast.losses.statistics import kl_estimate
 from rlhf_fast.ops.ppo_loss import ppo_loss
 
 #: GRPO's loss types → how the op adds up the tokens; `_denominator` has what the sum is divided by.
@@ -29,6 +30,17 @@ IMAGES = (
 )  # fmt: skip
 
 
+class Batch(NamedTuple):
+    """What a loss of GRPO is computed from, ``[B, T]``."""
+
+    logps: Tensor  # the only one with a gradient
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor  # bool
+    entropies: Tensor
+    ref: Tensor | None  # None without a KL term
+
+
 def grpo_loss(original: Callable) -> Callable:
     """``GRPOTrainer._compute_loss``."""
 
@@ -40,26 +52,50 @@ def grpo_loss(original: Callable) -> Callable:
         logps, entropies = _forward(self, model, inputs)
         old, advantages = inputs.get("old_per_token_logps"), inputs["advantages"]
         advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-        given: dict[str, Any] = {
-            "cliprange": (self.epsilon_low, self.epsilon_high), "dual_clip": self.args.delta, "log_ratio_clamp": inf,
-            "ref_logprobs": inputs["ref_per_token_logps"] if self.beta else None, "kl_coef": self.beta,
-            "entropy": entropies,
-        }  # fmt: skip
         weighted = _weighted(self, inputs, advantages, entropies, mask).expand_as(logps)
-        tokens = (logps, logps.detach() if old is None else old, weighted, mask)
-        aggregate, denominator = AGGREGATES[self.loss_type], _denominator(self, inputs, mask, mode)
-        loss, stats = ppo_loss(*tokens, **given, aggregate=aggregate, denominator=denominator)
-        if aggregate == "token_sum":
-            stats = {name: stats[name] * denominator for name in ("kl", "entropy")}
-        else:  # the metrics are those of the tokens, however the loss is aggregated
-            _, stats = ppo_loss(*(x.detach() for x in tokens), **given, aggregate="token_sum", denominator=1)
+        ref = inputs["ref_per_token_logps"] if self.beta else None
+        batch = Batch(logps, logps.detach() if old is None else old, weighted, mask, entropies, ref)
+        loss, sums = _grpo(self, batch, _denominator(self, inputs, mask, mode))
         clipped = torch.zeros(2, len(mask), device=mask.device)
         if old is not None:  # without it the ratio is 1
             clipped = _clipped(logps, old, advantages, mask, self.epsilon_low, self.epsilon_high)
-        _log_grpo(self, mode, stats, clipped, mask.sum(1))
+        _log_grpo(self, mode, sums, clipped, mask.sum(1))
         return loss
 
     return _compute_loss
+
+
+def _grpo(trainer: Any, batch: Batch, denominator: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and the sums over the tokens of the KL and the entropy."""
+    tokens, beta, kl = batch[:4], trainer.beta, torch.zeros((), device=batch.mask.device)
+    how: dict[str, Any] = {"aggregate": AGGREGATES[trainer.loss_type], "denominator": denominator}
+    how |= {"log_ratio_clamp": inf, "dual_clip": trainer.args.delta}
+    bounds = (trainer.epsilon_low, trainer.epsilon_high)
+    if beta and trainer.args.use_bias_correction_kl:
+        # ratio * k3: its value takes the entropy's place, and its gradient, ratio * (logp - ref), is that of a policy
+        # loss without a range.
+        gap, kl = _corrected_kl(batch)
+        loss, stats = ppo_loss(*tokens, cliprange=bounds, entropy=kl, entropy_coef=-beta, **how)
+        how |= {"cliprange": (1.0, inf), "dual_clip": None, "entropy": batch.entropies}
+        slope, others = ppo_loss(batch.logps, batch.old, -gap, batch.mask, **how)
+        loss = loss + beta * (slope - slope.detach())
+        stats = {"kl": stats["entropy"], "entropy": others["entropy"]}
+    else:
+        how |= {"ref_logprobs": batch.ref, "kl_coef": beta, "entropy": batch.entropies}
+        loss, stats = ppo_loss(*tokens, cliprange=bounds, **how)
+        if batch.ref is not None and how["aggregate"] != "token_sum":
+            kl = kl_estimate(batch.logps.detach(), batch.ref, kind="k3")
+    if how["aggregate"] == "token_sum":
+        return loss, {name: stats[name] * denominator for name in ("kl", "entropy")}
+    # The metrics are those of the tokens, however the loss is aggregated.
+    return loss, {"kl": _total(kl, batch.mask), "entropy": _total(batch.entropies, batch.mask)}
+
+
+@torch.no_grad()
+def _corrected_kl(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The gap to the reference, and the k3 estimate times the ratio (DeepSeek-V3.2)."""
+    gap, ratio = precise(batch.logps) - batch.ref, (precise(batch.logps) - batch.old).exp_()
+    return gap, kl_estimate(batch.logps, batch.ref, kind="k3") * ratio
 
 
 def rloo_loss(original: Callable) -> Callable:
@@ -76,7 +112,7 @@ def rloo_loss(original: Callable) -> Callable:
         loss, _ = ppo_loss(logps, old, advantages, torch.ones_like(old, dtype=torch.bool), **bounds)
         column = (x[:, None] for x in (logps, old, advantages))
         clipped = _clipped(*column, torch.ones_like(mask[:, :1]), self.epsilon_low, self.epsilon_high)
-        _log_rloo(self, torch.where(mask, entropies, 0).sum(), mask.sum(), clipped.T)
+        _log_rloo(self, _total(entropies, mask), mask.sum(), clipped.T)
         return loss
 
     return _compute_loss
@@ -95,7 +131,6 @@ def _grpo_is_known(trainer: Any) -> bool:
         and trainer.importance_sampling_level == "token"
         and _clips(trainer)
         and (args.delta is None or args.delta > 1 + trainer.epsilon_high)  # below, it is no bound of A < 0 alone
-        and not (trainer.beta and args.use_bias_correction_kl)
         and trainer.off_policy_mask_threshold is None
         and not trainer._entropy_bonus_enabled
         and not trainer.aux_loss_enabled
@@ -144,13 +179,13 @@ def _clipped(logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: 
     return torch.stack([below, beyond.sum(1) - below]).float()
 
 
-def _log_grpo(trainer: Any, mode: str, stats: dict[str, Tensor], clipped: Tensor, lengths: Tensor) -> None:
+def _log_grpo(trainer: Any, mode: str, sums: dict[str, Tensor], clipped: Tensor, lengths: Tensor) -> None:
     """TRL's metrics, of all processes, with one look at the device."""
-    sums = torch.stack([stats["kl"], stats["entropy"], *clipped.sum(1), lengths.sum()])
-    sums = trainer.accelerator.reduce(sums.float(), reduction="sum")
+    stacked = torch.stack([sums["kl"], sums["entropy"], *clipped.sum(1), lengths.sum()]).float()
+    stacked = trainer.accelerator.reduce(stacked, reduction="sum")
     low, high = trainer.accelerator.gather((clipped / lengths).T).unbind(1)  # NaN for a row without a token
     extremes = torch.stack([_least(low), -_least(-high)])
-    kl, entropy, lower, upper, least, most = torch.cat([sums[:4] / sums[4].clamp(min=1), extremes]).tolist()
+    kl, entropy, lower, upper, least, most = torch.cat([stacked[:4] / stacked[4].clamp(min=1), extremes]).tolist()
     numbers = {
         "entropy": entropy, "clip_ratio/low_mean": lower, "clip_ratio/high_mean": upper,
         "clip_ratio/region_mean": lower + upper, "clip_ratio/low_min": least, "clip_ratio/high_max": most,
@@ -172,6 +207,10 @@ def _log_rloo(trainer: Any, entropy: Tensor, count: Tensor, clipped: Tensor) -> 
     metrics["clip_ratio/high_mean"].append(upper)
     metrics["clip_ratio/high_max"].append(most)
     metrics["clip_ratio/region_mean"].append(lower + upper)
+
+
+def _total(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, precise(x), 0).sum()
 
 
 def _least(x: Tensor) -> Tensor:
