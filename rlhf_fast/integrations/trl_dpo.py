@@ -4,6 +4,7 @@ What is not reproduced here, by the trainer's options, runs TRL's own method.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,7 @@ def _is_known(trainer: Any, original: Callable) -> bool:
     without_reference = trainer.ref_model is None and not trainer.precompute_ref_logps  # an adapter, switched off
     return not (
         without_reference
+        or not 0 < trainer.beta < inf
         or trainer.f_divergence_type != "reverse_kl"
         or any(kind not in KINDS for kind in trainer.loss_types)
         or trainer.ld_alpha is not None
