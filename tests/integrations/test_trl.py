@@ -87,6 +87,17 @@ def test_half_precision_keeps_its_dtype_and_is_nearer_to_the_truth(ours, dtype):
         assert (mine - truth).abs().max() <= (its - truth).abs().max()
 
 
+@pytest.mark.parametrize(("kernel", "dtype"), [(None, torch.bfloat16), (print, torch.float32)])
+def test_the_dtype_is_that_of_trls_kernel_where_it_would_run(ours, monkeypatch, kernel, dtype):
+    """1.14 and 1.15 say so by a name that is None; 1.16, without Triton, by one that is absent; before, by none."""
+    monkeypatch.setattr(utils, "_fused_logprob_entropy", kernel, raising=False)
+    monkeypatch.setattr(utils, "_supports_trl_loss_kernel", lambda *_: True, raising=False)
+    monkeypatch.delattr(utils, "is_triton_available", raising=False)
+    logits, ids = logits_and_ids((2, 3, 11), 0, dtype=torch.bfloat16)
+    assert ours["selective_log_softmax"](logits, ids).dtype == dtype
+    assert ours["entropy_from_logits"](logits).dtype == dtype
+
+
 def head_arguments(hidden, weight, bias, ids, temperature, softcap, scale, outputs=None):
     rest = (ids, temperature, 32, softcap, scale)
     given = (hidden, weight, *rest) if VERSION < (1, 13, 0) else (hidden, weight, bias, *rest)
