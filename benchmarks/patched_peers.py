@@ -51,6 +51,41 @@ def trl() -> Iterator[tuple[str, Callable]]:
 
     yield "selective_log_softmax + entropy_from_logits, 512 x 50257", learn(from_logits, logits)
     yield "the chunked head, 512 x 256 x 50257", learn(head, hidden, weight)
+    yield from trl_losses()
+
+
+def trl_losses() -> Iterator[tuple[str, Callable]]:
+    """The trainers' own methods, of logprobs that are there: a batch of which every token counts."""
+    import trl.trainer.utils as utils
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.rloo_trainer import RLOOTrainer
+    from trl_batches import Head, batch, pairs, trainer
+
+    generator = torch.Generator().manual_seed(0)
+    inputs, leaves = batch(generator, 64, 1024)
+    inputs["completion_mask"].fill_(1)
+    logps = leaves["logps"].requires_grad_()
+    kinds = {
+        "GRPO's loss": (GRPOTrainer, {}),
+        "GRPO's loss, per sequence": (GRPOTrainer, {"loss_type": "grpo"}),
+        "GRPO's loss with its KL": (GRPOTrainer, {"beta": 0.04, "use_bias_correction_kl": True}),
+        "RLOO's loss": (RLOOTrainer, {}),
+    }
+    for name, (kind, options) in kinds.items():
+        self = trainer(**options)
+        self._get_per_token_logps_and_entropies = lambda *_, **__: (logps, leaves["entropies"], None)
+        call = lambda kind=kind, self=self: (kind._compute_loss(self, None, inputs),)  # noqa: E731
+        yield f"{name}, 64 x 1024", learn(call, logps)
+    if not hasattr(utils, "_ChunkedLogProbFunction") or utils._ChunkedLogProbFunction.__module__ == utils.__name__:
+        given, logits, ref = pairs(generator, 2, 96, V)
+        logits.requires_grad_()
+        self = trainer(beta=0.1, ref_model=Head(ref))
+        self.model = Head(logits)
+        yield (
+            "DPO's loss, from the logits of 4 x 96 x 50257",
+            learn(lambda: (DPOTrainer._compute_loss(self, self.model, given, False),), logits),
+        )
 
 
 def verl() -> Iterator[tuple[str, Callable]]:

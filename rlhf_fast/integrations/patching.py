@@ -1,8 +1,12 @@
 """`patch`: put the ops in the place of another library's functions, all of them or none, and take them out again."""
 
 import inspect
+import io
 import sys
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterator, MutableMapping
+from hashlib import sha256
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -21,6 +25,7 @@ class Replacement(NamedTuple):
     since: str = "0"  # the first version that has it here
     until: str = ""  # the first version that no longer has it here
     registries: tuple[str, ...] = ()  # dicts in the same module that hold it too
+    bodies: tuple[str, ...] = ()  # where given, `fingerprint` must be one of these, or the peer's own stays
 
 
 class Peer(NamedTuple):
@@ -49,8 +54,10 @@ _APPLIED: list["Patch"] = []
 class Patch:
     """A patch in force: ends with ``undo()``, or with the block of the ``with`` statement that it is used in."""
 
-    def __init__(self, peer: str, version: str, swaps: list[Swap]) -> None:
+    def __init__(self, peer: str, version: str, swaps: list[Swap], kept: dict[str, str]) -> None:
         self.peer, self.version, self._swaps = peer, version, swaps
+        #: The full names of what was left as it is for its body is not known, each with the reason.
+        self.kept = kept
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -91,7 +98,7 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
 
     Args:
         peer: ``"trl"``, ``"openrlhf"`` or ``"verl"``.
-        verbose: print a line for each function with the modules in which it was replaced.
+        verbose: print a line for each function with the modules in which it was replaced, or why it was not.
 
     Returns:
         The patch in force, a context manager too.
@@ -100,7 +107,8 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
         ValueError: an unknown peer.
         ModuleNotFoundError: a peer that is not installed, or one that lacks a library itself.
         RuntimeError: a version, or a function with parameters, that is not known; a peer that is patched already. In
-            each case nothing has been replaced.
+            each case nothing has been replaced. (A method that is known by its body stays the peer's own where that
+            is another: it is in ``kept``, with the reason.)
     """
     if peer not in PEERS:
         raise ValueError(f"patch: peer must be one of {', '.join(PEERS)}, got {peer!r}")
@@ -113,12 +121,20 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
     if not release(known.since) <= release(version) < release(known.until):
         raise RuntimeError(f"{peer} {version} is not known: patch takes {known.since} <= version < {known.until}")
     there = [r for r in known.replacements if _has(r, version)]
-    swaps = [_find(peer, version, replacement) for replacement in there]
+    kept: dict[str, str] = {}
+    swaps = []
+    for replacement in there:
+        if replacement.bodies and (reason := _unknown(replacement)):
+            kept[f"{replacement.module}.{replacement.name}"] = reason
+        else:
+            swaps.append(_find(peer, version, replacement))
     for swap in swaps:
         places = _exchange(swap, swap.original, swap.replacement)
         if verbose:
             print(f"{peer} {version}: {swap.path} is rlhf_fast's in {', '.join(places)}")
-    _APPLIED.append(applied := Patch(peer, version, swaps))
+    for path, reason in kept.items() if verbose else ():
+        print(f"{peer} {version}: {path} stays {peer}'s own: {reason}")
+    _APPLIED.append(applied := Patch(peer, version, swaps, kept))
     return applied
 
 
@@ -141,6 +157,36 @@ def parameters(function: Callable) -> str:
     signature = inspect.signature(function)
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))[1:-1]
+
+
+def fingerprint(function: Callable) -> str:
+    """Of a function's source without its comments, line breaks and spaces, alike in every version of Python."""
+    source = textwrap.dedent(inspect.getsource(function))
+    pieces = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in _BLOCKS:
+            pieces.append(_BLOCKS[token.type])
+        elif token.type not in (tokenize.COMMENT, tokenize.NL):
+            pieces.append("".join(token.string.split()))
+    return sha256("".join(pieces).encode()).hexdigest()[:16]
+
+
+_BLOCKS = {tokenize.INDENT: "\n>", tokenize.DEDENT: "\n<", tokenize.NEWLINE: "\n"}
+
+
+def _unknown(replacement: Replacement) -> str:
+    """Why a function that is known by its body cannot be replaced; empty if it can."""
+    *classes, name = replacement.name.split(".")
+    try:
+        owner: Any = import_module(replacement.module)
+        for part in classes:
+            owner = getattr(owner, part)
+        body = fingerprint(vars(owner)[name])
+    except (ImportError, RuntimeError, AttributeError, KeyError) as error:
+        return f"it was not found ({type(error).__name__}: {error})"
+    except (OSError, TypeError):
+        return "its source cannot be read"
+    return "" if body in replacement.bodies else f"its body ({body}) is not one of those known"
 
 
 def _has(replacement: Replacement, version: str) -> bool:

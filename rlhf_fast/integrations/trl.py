@@ -1,4 +1,4 @@
-"""TRL: the logprobs and entropies of all its trainers, from logits and from hidden states.
+"""TRL: the logprobs and entropies of all its trainers, from logits and from hidden states; and three trainers' losses.
 
 Its results keep the dtype that its own functions give them: that of the logits, float32 from its own GPU kernel.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.integrations import trl_dpo, trl_losses
 from rlhf_fast.integrations.head import Head, HeadLogprobs
 from rlhf_fast.integrations.patching import Peer, Replacement
 from rlhf_fast.ops.logprobs import logprobs
@@ -99,8 +100,8 @@ def _check(temperature: float) -> None:
 def _dtype(logits: Tensor, *others: Any) -> torch.dtype:
     """What TRL's own function returns for these: its kernel, where it would run, makes float32."""
     utils = import_module(UTILS)
-    supported = getattr(utils, "_supports_trl_loss_kernel", None)
-    kernel = supported is not None and utils.is_triton_available() and supported(logits, *others)
+    there = getattr(utils, "_fused_logprob_entropy", None) is not None  # since 1.14, where Triton is installed
+    kernel = there and utils._supports_trl_loss_kernel(logits, *others)
     return torch.float32 if kernel else logits.dtype
 
 
@@ -147,6 +148,36 @@ PEER = Peer(
             (f"ctx, hidden, weight, bias, {_END}, outputs={_OUTPUTS}",),
             _head(bias=True, outputs=True),
             since="1.15",
+        ),
+        Replacement(
+            "trl.trainer.grpo_trainer",
+            "GRPOTrainer._compute_loss",
+            ("self, model, inputs",),
+            trl_losses.grpo_loss,
+            bodies=("57278f3d8550111b",),  # 1.10.0 to 1.16.0
+        ),
+        Replacement(
+            "trl.trainer.rloo_trainer",
+            "RLOOTrainer._compute_loss",
+            ("self, model, inputs",),
+            trl_losses.rloo_loss,
+            bodies=("735be5b1fb05909a",),  # 1.10.0 to 1.16.0
+        ),
+        Replacement(
+            "trl.trainer.dpo_trainer",
+            "DPOTrainer._compute_loss",
+            ("self, model, inputs, return_outputs",),
+            trl_dpo.loss_of(trl_dpo.from_logits, trl_dpo.reference_from_logits),
+            until="1.15",
+            bodies=("a10f6924291b56bb", "e8bf813935ba2a8a", "91e98bee9f3377c1"),  # 1.10 to 1.12, 1.13, 1.14
+        ),
+        Replacement(
+            "trl.trainer.dpo_trainer",
+            "DPOTrainer._compute_loss",
+            ("self, model, inputs, return_outputs",),
+            trl_dpo.loss_of(trl_dpo.from_head, trl_dpo.reference_from_head),
+            since="1.15",
+            bodies=("79ed90ddd610aff8",),  # 1.15.0 and 1.16.0
         ),
     ),
 )

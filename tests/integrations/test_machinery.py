@@ -9,7 +9,7 @@ import pytest
 
 import rlhf_fast as rf
 from rlhf_fast.integrations import patching
-from rlhf_fast.integrations.patching import Peer, Replacement, parameters, release
+from rlhf_fast.integrations.patching import Peer, Replacement, fingerprint, parameters, release
 
 FILES = {
     "__init__": "__version__ = '1.4.2'",
@@ -157,6 +157,62 @@ def test_a_function_that_has_changed_or_gone(toy, monkeypatch):
     refused(RuntimeError, "toy 1.4.2 has no toy.gone: nothing was replaced")
     known(monkeypatch, *REPLACEMENTS, forward={"name": "Gone.forward"})
     refused(RuntimeError, "toy 1.4.2 has no toy.maths.Gone.forward: nothing was replaced")
+
+
+BODY = fingerprint(tenfold)  # not that of the toy
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"bodies": (BODY,)}, "its body ({}) is not one of those known"),
+        ({"bodies": (BODY,), "name": "Gone.forward"}, "it was not found (AttributeError: "),
+        ({"bodies": (BODY,), "name": "Loss.gone"}, "it was not found (KeyError: 'gone')"),
+        (
+            {"bodies": (BODY,), "module": "toy.gone"},
+            "it was not found (ModuleNotFoundError: No module named 'toy.gone')",
+        ),
+    ],
+)
+def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, capsys, changes, reason):
+    """Then it stays as it is, and the others are replaced."""
+    own = toy.run, sys.modules["toy.maths"].Loss.forward
+    known(monkeypatch, *REPLACEMENTS, forward=changes)
+    with rf.patch("toy", verbose=True) as patch:
+        assert patch.replaced == ("toy.maths.double", "toy.maths.half")
+        ((path, why),) = patch.kept.items()
+        assert why.startswith(reason.format(fingerprint(own[1])))
+        assert f"toy 1.4.2: {path} stays toy's own: {why}\n" in capsys.readouterr().out
+        assert sys.modules["toy.maths"].Loss.forward is own[1]
+        assert toy.run(3) == (60, 60, -1.5)
+    known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY, fingerprint(own[1]))})
+    with rf.patch("toy") as patch:
+        assert patch.kept == {}
+        assert sys.modules["toy.maths"].Loss().forward(1) == -2
+
+
+def test_a_body_whose_source_cannot_be_read(toy, monkeypatch):
+    known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY,)})
+    sys.modules["toy.maths"].Loss.forward = len  # nothing of Python's
+    with rf.patch("toy") as patch:
+        assert patch.kept == {"toy.maths.Loss.forward": "its source cannot be read"}
+
+
+def test_a_fingerprint_is_of_what_the_body_does(tmp_path, monkeypatch):
+    bodies = (
+        "    if x:\n        y = f'{x} of'\n        y += '.'\n    return y\n",
+        "    # why\n    if x:  # so\n\n      y = f'{x} of'\n      y  +=   '.'\n    return y\n",
+        "    if x:\n        y = f'{x} of'\n    y += '.'\n    return y\n",
+        "    if x:\n        y = f'{x} on'\n        y += '.'\n    return y\n",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = []
+    for i, body in enumerate(bodies):
+        (tmp_path / f"body_{i}.py").write_text("def f(x):\n" + body)
+        prints.append(fingerprint(import_module(f"body_{i}").f))
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    assert prints[0] == "31e183b5c62ae497"  # in every version of Python
 
 
 def test_a_peer_that_lacks_a_library(toy, monkeypatch, tmp_path):

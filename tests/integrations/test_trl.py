@@ -87,6 +87,17 @@ def test_half_precision_keeps_its_dtype_and_is_nearer_to_the_truth(ours, dtype):
         assert (mine - truth).abs().max() <= (its - truth).abs().max()
 
 
+@pytest.mark.parametrize(("kernel", "dtype"), [(None, torch.bfloat16), (print, torch.float32)])
+def test_the_dtype_is_that_of_trls_kernel_where_it_would_run(ours, monkeypatch, kernel, dtype):
+    """1.14 and 1.15 say so by a name that is None; 1.16, without Triton, by one that is absent; before, by none."""
+    monkeypatch.setattr(utils, "_fused_logprob_entropy", kernel, raising=False)
+    monkeypatch.setattr(utils, "_supports_trl_loss_kernel", lambda *_: True, raising=False)
+    monkeypatch.delattr(utils, "is_triton_available", raising=False)
+    logits, ids = logits_and_ids((2, 3, 11), 0, dtype=torch.bfloat16)
+    assert ours["selective_log_softmax"](logits, ids).dtype == dtype
+    assert ours["entropy_from_logits"](logits).dtype == dtype
+
+
 def head_arguments(hidden, weight, bias, ids, temperature, softcap, scale, outputs=None):
     rest = (ids, temperature, 32, softcap, scale)
     given = (hidden, weight, *rest) if VERSION < (1, 13, 0) else (hidden, weight, bias, *rest)
@@ -242,7 +253,7 @@ def train(tmp_path, kind, make, **options):
         "gradient_checkpointing": False,
     }  # fmt: skip
     if kind == "dpo":
-        config = trl.DPOConfig(**basics, per_device_train_batch_size=4, max_length=64, **options)
+        config = trl.DPOConfig(**basics, **{"per_device_train_batch_size": 4, "max_length": 64} | options)
         trainer = trl.DPOTrainer(model, args=config, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
     else:
         config_class, trainer_class = KIND[kind]
@@ -258,21 +269,32 @@ def train(tmp_path, kind, make, **options):
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert len(logs) == 3
-    names = set.intersection(*(set(row) for row in logs)) & {
-        "loss", "entropy", "kl", "grad_norm", "rewards/margins", "logits/chosen", "mean_token_accuracy",
-    }  # fmt: skip
-    assert names >= {"loss", "grad_norm", "entropy"}
+    names = set.intersection(*(set(row) for row in logs)) - {"step_time"}
+    assert names >= LOGGED[kind]
     numbers = torch.tensor([[float(row[name]) for name in sorted(names)] for row in logs])
     return numbers, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
+CLIPPED = {f"clip_ratio/{x}" for x in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
+LOGGED = {
+    "grpo": {"loss", "grad_norm", "entropy", "kl", *CLIPPED},
+    "rloo": {"loss", "grad_norm", "entropy", *CLIPPED},
+    "dpo": {"loss", "grad_norm", "entropy", "logits/chosen", "logps/rejected", "mean_token_accuracy", "num_tokens"},
+}
 RUNS = {
     "grpo": ("grpo", tiny_gpt2, {}),
     "grpo, temperature, dr_grpo": ("grpo", tiny_llama, {"temperature": 0.7, "loss_type": "dr_grpo"}),
+    "grpo, accumulated, grpo": ("grpo", tiny_gpt2, {"gradient_accumulation_steps": 2, "loss_type": "grpo"}),
+    "grpo, accumulated, bnpo": ("grpo", tiny_gpt2, {"gradient_accumulation_steps": 2, "loss_type": "bnpo"}),
+    "grpo, high entropy": ("grpo", tiny_gpt2, {"top_entropy_quantile": 0.5, "use_bias_correction_kl": False}),
+    "grpo, gspo": ("grpo", tiny_gpt2, {"importance_sampling_level": "sequence"}),  # TRL's own
     "rloo": ("rloo", tiny_gpt2, {}),
+    "rloo, accumulated": ("rloo", tiny_gpt2, {"gradient_accumulation_steps": 2}),
     "dpo": ("dpo", tiny_gpt2, {}),
     "dpo, ipo": ("dpo", tiny_llama, {"loss_type": ["ipo"]}),
-}
+    "dpo, accumulated": ("dpo", tiny_gpt2, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "dpo, bco_pair": ("dpo", tiny_gpt2, {"loss_type": ["bco_pair"]}),  # TRL's own
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -280,12 +302,16 @@ def test_the_trainers_take_the_same_steps(tmp_path, run, monkeypatch):
     kind, make, options = RUNS[run]
     expected, before = train(tmp_path / "unpatched", kind, make, **options)
     calls = []
-    for place in ("trl", "head"):
-        place = f"rlhf_fast.integrations.{place}.logprobs"
-        monkeypatch.setattr(place, lambda *a, **k: calls.append(1) or rf.logprobs(*a, **k))
+    ops = [f"{place}.logprobs" for place in ("trl", "head", "trl_dpo")]
+    for place in (*ops, "trl_losses.ppo_loss", "trl_dpo.dpo_loss"):
+        op = place.split(".")[1]
+        count = lambda *a, op=op, **k: calls.append(op) or getattr(rf, op)(*a, **k)  # noqa: E731
+        monkeypatch.setattr(f"rlhf_fast.integrations.{place}", count)
     with rf.patch("trl"):
         numbers, after = train(tmp_path / "patched", kind, make, **options)
-    assert len(calls) >= 3, calls  # the patch was used, once a step at least
+    assert calls.count("logprobs") >= 3, calls  # the patch was used, once a step at least
+    losses = len(calls) - calls.count("logprobs")
+    assert losses == 0 if run in ("grpo, gspo", "dpo, bco_pair") else losses >= 3
     torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     assert utils.selective_log_softmax is THEIRS["selective_log_softmax"]
