@@ -5,7 +5,7 @@ Hinton et al. 2015; on the student's own samples Agarwal et al. 2024, "GKD", and
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder
 
-#: This process's responses in parts for one forward pass each, their advantages and statistics of the whole batch.
-Batch = tuple[list[offline.Answers], Tensor | None, dict[str, Tensor]]
+#: This process's turns of one forward pass each, the advantages of its responses and statistics of the whole batch.
+Batch = tuple[list[tuple[offline.Answers, float]], Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DistillTrainer:
         check_folder(output_dir, run=True)
         if (data is None) == (prompts is None):
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         c = self.config = chosen(config, DistillConfig)
         self.device, self.output_dir, self.own = self.accelerator.device, output_dir, data is None
         records = read_records(prompts if self.own else data)
@@ -123,9 +123,11 @@ class DistillTrainer:
             models.check_tokens(each, self.tokenizer, (example.ids for example in given))
         check_vocabulary(student, self.teacher, teacher, self.tokenizer)
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
-        self.model = learning.trainable(student, self.device, c)
-        self.teacher = models.frozen_copy(self.teacher).to(self.device)
+        home = learning.home(self.accelerator)
+        self.model = learning.trainable(student, home, c)
+        self.teacher = models.frozen_copy(self.teacher).to(home)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
+        learning.shard(self.accelerator, [self.model, self.teacher])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward
@@ -165,12 +167,12 @@ class DistillTrainer:
 
     def given(self, batch: list[data.Example]) -> Batch:
         """Given responses."""
-        mine = processes.share(batch)
-        parts = [self.collate(part) for part in learning.split(mine, self.config.micro_batch_size)]
+        turns = processes.turns(batch, lambda mine: learning.split(mine, self.config.micro_batch_size))
+        parts = [(self.collate(part), counts) for part, counts in turns]
         stats = {"tokens": torch.tensor(offline.count(batch))}
         if self.reward is None:
             return parts, None, stats
-        texts = None
+        mine, texts = processes.share(batch), None
         if mine:
             prompts, answers, columns = (list(x) for x in zip(*(self.said[e.place] for e in mine), strict=True))
             names = dict.fromkeys(name for record in columns for name in record)
@@ -184,9 +186,9 @@ class DistillTrainer:
         """Responses that the student writes to the prompts of ``batch``."""
         c = self.config
         rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
-        mine = processes.share(torch.arange(len(batch)))
-        chosen = [rollout.select(rows) for rows in mine.split(c.micro_batch_size or len(batch)) if len(rows)]
-        parts = [offline.Answers(part.ids, part.attention, part.responses, part.mask) for part in chosen]
+        turns = processes.turns(torch.arange(len(batch)), lambda rows: learning.split(rows, c.micro_batch_size))
+        chosen = ((rollout.select(rows), counts) for rows, counts in turns)
+        parts = [(offline.Answers(r.ids, r.attention, r.responses, r.mask), counts) for r, counts in chosen]
         stats = {"tokens": rollout.lengths.sum(), "ended": rollout.ended.float().mean()}
         stats["response_length"] = rollout.lengths.float().mean()
         if self.reward is None:
@@ -199,14 +201,16 @@ class DistillTrainer:
         )
 
     def losses(
-        self, parts: list[offline.Answers], advantages: Tensor | None, tokens: int
+        self, parts: Iterable[tuple[offline.Answers, float]], advantages: Tensor | None, tokens: int
     ) -> Iterator[dict[str, Tensor]]:
-        """The ``loss`` of each of ``parts``, this process's share, whose ``advantages`` are ``[b]`` or ``[b, T]``."""
+        """The ``loss`` of each of ``parts``; the ``advantages`` of those that count are ``[b]`` or ``[b, T]``."""
         first = 0
-        for part in parts:
-            gain = None if advantages is None else advantages[first : first + len(part.mask)]
-            yield self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, : part.mask.shape[1]], tokens)
-            first += len(part.mask)
+        for part, counts in parts:
+            size, width = part.mask.shape
+            gain = advantages[first : first + size] if advantages is not None and counts else None
+            stats = self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, :width], tokens)
+            yield {name: counts * value for name, value in stats.items()}
+            first += size
 
     def collate(self, part: list[data.Example]) -> offline.Answers:
         """The sequences of ``part`` on the model's device."""
@@ -234,8 +238,9 @@ class DistillTrainer:
     def evaluate(self) -> dict[str, float]:
         """``eval_divergence``, the mean over the response tokens of the held-out data, in nats."""
         size = self.config.micro_batch_size or self.config.batch_size
-        mine = learning.split(processes.share(self.eval_examples), size)
-        found = offline.summed(self.loss(self.collate(part), None, offline.count(self.eval_examples)) for part in mine)
+        turns = processes.turns(self.eval_examples, lambda mine: learning.split(mine, size))
+        parts = ((self.collate(part), counts) for part, counts in turns)
+        found = offline.summed(self.losses(parts, None, offline.count(self.eval_examples)))
         return {"eval_divergence": found["divergence"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

@@ -35,8 +35,13 @@ def rank() -> int:
 
 def share(items: Any) -> Any:
     """The part of a list or tensor that is this process's: neighbours, and in all processes together all of them."""
-    n, i = count(), rank()
-    return items[len(items) * i // n : len(items) * (i + 1) // n]
+    return shares(items)[rank()]
+
+
+def shares(items: Any) -> list[Any]:
+    """The ``share`` of every process, in their order."""
+    n = count()
+    return [items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n)]
 
 
 def turns(items: Any, cut: Callable[[Any], Sequence[T]]) -> Iterator[tuple[T, float]]:
@@ -46,11 +51,9 @@ def turns(items: Any, cut: Callable[[Any], Sequence[T]]) -> Iterator[tuple[T, fl
     """
     own = cut(share(items))
     yield from ((part, 1.0) for part in own)
-    n = count()
-    if n == 1:
+    if count() == 1:
         return
-    shares = (items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n))
-    for _ in range(max(len(cut(mine)) for mine in shares) - len(own)):
+    for _ in range(max(len(cut(mine)) for mine in shares(items)) - len(own)):
         yield cut(items[:1])[0], 0.0
 
 

@@ -267,8 +267,6 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     root.mkdir(exist_ok=True)
     for name, make in COMPARED.items():
-        if os.environ.get("ACCELERATE_USE_FSDP") and name.startswith(("rrhf", "dpo", "distill")):
-            continue  # these hold whole models
         trainer = make(root / name)
         torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
         last = trainer.train()

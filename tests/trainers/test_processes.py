@@ -17,9 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf_fast.trainers import processes
 
-SHARDED = "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens"
-WHOLE = "rrhf", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own"  # these trainers are refused under FSDP2
-RUNS = [("two", kind) for kind in SHARDED + WHOLE] + [("sharded", kind) for kind in SHARDED]
+KINDS = (
+    "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
+    "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
+)  # fmt: skip
+RUNS = [(how, kind) for how in ("two", "sharded") for kind in KINDS]
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch without gloo: runs where it is built in"
 )
