@@ -132,7 +132,7 @@ class DPOTrainer:
                 found += read if counts else []
             return found
 
-        every = itertools.chain.from_iterable(processes.gathered(said))
+        every = itertools.chain.from_iterable(processes.gathered(said, calls=True))
         self.known = {id(pair): (first, second) for pair, (first, second) in zip(pairs, every, strict=True)}
 
     def train(self, *, resume: bool = False) -> dict[str, float]:

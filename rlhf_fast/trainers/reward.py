@@ -173,7 +173,7 @@ class RewardTrainer:
                     found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
             return merged(found)
 
-        return merged(processes.gathered(part))
+        return merged(processes.gathered(part, calls=True))
 
     def scores(self, judged: Judged) -> Tensor:
         """``[B, K]`` scores, from one forward pass over all sequences."""

@@ -334,3 +334,19 @@ def test_fsdp_other_than_the_trainers_own_is_refused(monkeypatch, version, offlo
     plugin.fsdp_version, plugin.cpu_offload = 2, None
     assert learning.accelerator(sharded=True) is found
     assert learning.home(found).type == "cpu"
+
+
+def test_fsdp_is_seen_where_accelerate_counts_one_process(monkeypatch):
+    """It does so without a GPU where nobody has asked for the CPU, and torch has connected all of them."""
+    import accelerate
+
+    found = SimpleNamespace(
+        distributed_type="NO", num_processes=1, gradient_accumulation_steps=1, mixed_precision="no",
+        state=SimpleNamespace(fsdp_plugin=None),
+    )  # fmt: skip
+    monkeypatch.setattr(accelerate, "Accelerator", lambda: found)
+    monkeypatch.setattr(learning.processes, "count", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version 2"):
+        learning.accelerator(sharded=True)
