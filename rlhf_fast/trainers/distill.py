@@ -187,8 +187,8 @@ class DistillTrainer:
         c = self.config
         rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
         turns = processes.turns(torch.arange(len(batch)), lambda rows: learning.split(rows, c.micro_batch_size))
-        chosen = ((rollout.select(rows), counts) for rows, counts in turns)
-        parts = [(offline.Answers(r.ids, r.attention, r.responses, r.mask), counts) for r, counts in chosen]
+        some = ((rollout.select(rows), counts) for rows, counts in turns)
+        parts = [(offline.Answers(r.ids, r.attention, r.responses, r.mask), counts) for r, counts in some]
         stats = {"tokens": rollout.lengths.sum(), "ended": rollout.ended.float().mean()}
         stats["response_length"] = rollout.lengths.float().mean()
         if self.reward is None:
@@ -207,9 +207,11 @@ class DistillTrainer:
         first = 0
         for part, counts in parts:
             size, width = part.mask.shape
-            gain = advantages[first : first + size] if advantages is not None and counts else None
+            gain = advantages if advantages is None or counts else advantages.new_zeros(first + size)
+            gain = gain if gain is None else gain[first : first + size]
             stats = self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, :width], tokens)
-            yield {name: counts * value for name, value in stats.items()}
+            # The divergence may be infinite, and 0 times that is not 0.
+            yield stats if counts else {"loss": 0 * stats["loss"], "divergence": torch.zeros_like(stats["divergence"])}
             first += size
 
     def collate(self, part: list[data.Example]) -> offline.Answers:
