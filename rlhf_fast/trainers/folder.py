@@ -63,7 +63,7 @@ def claim(folder: Path, record: dict[str, Any], *, resume: bool) -> tuple[TextIO
 def _lock(file: TextIO, how: int) -> None:
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{Path(file.name).parent} holds a run that is under way") from None
 
 
