@@ -6,6 +6,7 @@ version, for a wheel that is not the one of the package index.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ class CMakeBuild(build_ext):
         if "CUDACXX" not in environment and "CUDA_HOME" in environment:
             environment["CUDACXX"] = str(Path(environment["CUDA_HOME"]) / "bin" / "nvcc")
         options = [
+            # Named anew, for the one of the last build was pip's own and is gone with its environment.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=environment['PATH']) or 'ninja'}",
             f"-DCMAKE_INSTALL_PREFIX={package / 'rlhf_fast'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

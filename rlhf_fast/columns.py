@@ -8,6 +8,8 @@ from typing import Any
 from rlhf_fast.records import DataError, Record, kind
 
 TURN = "\n\nAssistant:"
+#: What other libraries call a column.
+ELSEWHERE = {"response": "completion"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -15,7 +17,8 @@ def text(record: Record, name: str, *, empty: bool = False) -> str:
     """The string in column ``name``. Raises ``DataError`` if there is none, or if it is empty, unless ``empty``."""
     value = record.get(name)
     if value is None:
-        raise DataError(f'{record.place}: "{name}" is missing')
+        hint = f': rename "{ELSEWHERE[name]}"' if ELSEWHERE.get(name) in record else ""
+        raise DataError(f'{record.place}: "{name}" is missing{hint}')
     if not isinstance(value, str):
         raise DataError(f'{record.place}: "{name}" must be a string, got {kind(value)}')
     if not empty and not value.strip():

@@ -35,6 +35,8 @@ def load_tokenizer(source: Any, tokenizer: Any = None) -> Any:
         raise ValueError("a model given as a module comes without its tokenizer: pass tokenizer=...")
     if isinstance(chosen, (str, Path)):
         chosen = read_tokenizer(chosen)
+    if not hasattr(chosen, "eos_token_id"):
+        raise TypeError(f"a tokenizer must be a path, a Hub id or one of transformers, got {type(chosen).__name__}")
     if chosen.eos_token_id is None:
         raise ValueError(f"the tokenizer {chosen.name_or_path or type(chosen).__name__} has no end token (eos_token)")
     if chosen.pad_token_id is None:

@@ -1,13 +1,15 @@
 """Several sequences in one row, without padding between them: positions begin again, none attends to another."""
 
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import dispatch
-from rlhf_fast.attention import layout, uses_rows
+from rlhf_fast.attention import can_use_rows, layout, leave_rows, use_rows, uses_rows
 from rlhf_fast.data import pad
 from rlhf_fast.models import accepts, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
@@ -19,7 +21,7 @@ ROUND = 64
 class Packed(NamedTuple):
     """``R`` rows of sequences that stand one after the other, and the ``N`` tokens that count in them.
 
-    Of a single row N is rounded up to a multiple of ``ROUND``, by tokens that nobody reads.
+    Of ``spots`` N is rounded up to a multiple of ``ROUND``, by tokens that nobody reads.
     """
 
     ids: Tensor  # [R, L], int64
@@ -73,6 +75,12 @@ class Spots(NamedTuple):
         """``[N]`` values of the tokens that count as ``[B, T]``, 0 where masked."""
         return torch.where(self.mask, values.index_select(0, self.place.flatten()).view(self.place.shape), 0)
 
+    def gather(self, values: Tensor) -> Tensor:
+        """``[B, T]`` values as ``[N]``, of the tokens that count; 0 at those that only round N up."""
+        count = len(self.packed.at)
+        place = torch.where(self.mask, self.place, count).flatten()
+        return values.new_zeros(count + 1).scatter(0, place, values.flatten())[:count]
+
 
 def spots(
     ids: Tensor,  # [B, P + T]
@@ -80,37 +88,69 @@ def spots(
     prompt_lengths: Tensor,  # [B], int64, on the CPU
     lengths: Tensor,  # [B], int64, on the CPU
     *,
+    counts: Tensor | None = None,  # [B, T], bool, on the CPU
     flat: bool = False,
 ) -> Spots:
     """The sequences of ``ids``, prompts padded to the left and responses to the right, without that padding.
 
     They share rows as long as the longest of them (``first_fit``), or, ``flat``, a single one, which is filled up to a
-    multiple of ``ROUND``. Only lengths that the CPU knows are looked at, so that nothing waits for the device.
+    multiple of ``ROUND``. Only what the CPU knows is looked at, so that nothing waits for the device: that is the mask
+    itself, ``counts``, where tokens of a response may not count, and the lengths alone where all of them do.
     """
     width, before = ids.shape[1], ids.shape[1] - mask.shape[1]
-    whole, prompts, answers = (x.tolist() for x in (prompt_lengths + lengths, prompt_lengths, lengths))
-    longest = max(whole)
-    room = _rounded(sum(whole)) if flat else longest
-    rows = first_fit(whole, room)
+    prompts, answers = prompt_lengths.tolist(), lengths.tolist()
+    place, told, first = torch.zeros(mask.shape, dtype=torch.long), [], 0
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        where = range(answer) if counts is None else counts[i].nonzero().flatten().tolist()
+        place[i, list(where)] = torch.arange(first, first + len(where))
+        told.append([prompt - 1 + t for t in where])  # the prompt's last token predicts the first of the answer
+        first += len(where)
+    starts = [i * width + before - prompt for i, prompt in enumerate(prompts)]
+    laid = _lay(starts, [p + a for p, a in zip(prompts, answers, strict=True)], told, flat=flat)
+    source, positions, at, place = (x.to(ids.device, non_blocking=True) for x in (*laid, place))
+    rows = ids.flatten()[source]
+    return Spots(Packed(rows, positions, at, rows.flatten().roll(-1)[at]), place, mask)
+
+
+def pack_places(
+    sequences: Sequence[list[int]], places: Sequence[Sequence[int]], device: torch.device, *, flat: bool = False
+) -> Packed:
+    """``sequences`` in rows like those of ``spots``; what stands ``at`` are their ``places``, sequence by sequence.
+
+    For what is read at a token and not before it: ``packed_values`` are then the scores at those places.
+    """
+    lengths = [len(ids) for ids in sequences]
+    starts = [0, *itertools.accumulate(lengths)][:-1]
+    source, positions, at = _lay(starts, lengths, places, flat=flat)
+    ids = torch.tensor([token for ids in sequences for token in ids])[source]
+    found = ids, positions, at, ids.flatten()[at]
+    return Packed(*(x.to(device, non_blocking=True) for x in found))
+
+
+def _lay(
+    starts: Sequence[int], lengths: Sequence[int], places: Sequence[Sequence[int]], *, flat: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[R, L]`` where each token of the rows stands among all, ``[R, L]`` their positions, and ``[N]`` ``places``.
+
+    The sequences have ``lengths`` and begin at ``starts``; ``places`` are counted in each and found in the rows.
+    """
+    longest = max(*lengths, 1) if lengths else 1
+    room = _rounded(sum(lengths)) if flat else longest
+    rows = first_fit(lengths, room)
     source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
-    positions, place = torch.zeros_like(source), torch.zeros(mask.shape, dtype=torch.long)
-    at: list[int] = []
+    positions, moved = torch.zeros_like(source), [0] * len(lengths)
     for r, row in enumerate(rows):
         start = 0
         for i in row:
-            end, first = start + whole[i], start + prompts[i] - 1  # the prompt's last token predicts the first answer
-            source[r, start:end] = torch.arange(i * width + before - prompts[i], i * width + before + answers[i])
-            positions[r, start:end] = torch.arange(whole[i])
-            place[i, : answers[i]] = torch.arange(len(at), len(at) + answers[i])
-            at += range(r * room + first, r * room + first + answers[i])
-            start = end
+            end = start + lengths[i]
+            source[r, start:end] = torch.arange(starts[i], starts[i] + lengths[i])
+            positions[r, start:end] = torch.arange(lengths[i])
+            moved[i], start = r * room + start, end
         if flat:  # what is left of the one row is filled with sequences no longer than the others
             positions[r, start:] = torch.arange(room - start) % longest
-    at += [0] * (_rounded(len(at)) - len(at) if flat else not at)  # at least one, for the masked ones to point to
-    moved = [x.to(ids.device, non_blocking=True) for x in (source, positions, torch.tensor(at), place)]
-    rows_of_ids = ids.flatten()[moved[0]]
-    packed = Packed(rows_of_ids, moved[1], moved[2], rows_of_ids.flatten()[moved[2] + 1])
-    return Spots(packed, moved[3], mask)
+    at = [first + place for first, some in zip(moved, places, strict=True) for place in some]
+    at += [0] * (_rounded(len(at)) - len(at))
+    return source, positions, torch.tensor(at)
 
 
 def _rounded(count: int) -> int:
@@ -123,11 +163,7 @@ def packed_values(model: Any, packed: Packed) -> Tensor:
 
 
 def _packed_hidden(model: Any, packed: Packed) -> Tensor:
-    with silent():
-        output = unwrap(model).base_model(
-            input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True
-        )
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor = _through(unwrap(model).base_model, model, packed).last_hidden_state
     return hidden
 
 
@@ -141,11 +177,9 @@ def packed_logits(model: Any, packed: Packed) -> Tensor:
     head = unwrap(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, hidden: (_predicting(hidden[0], packed)[None],))
     try:
-        with silent():  # it warns of padding without a mask, which no sequence sees
-            output = model(input_ids=packed.ids, **_places(model, packed), use_cache=False, return_dict=True)
+        logits: Tensor = _through(model, model, packed).logits
     finally:
         hook.remove()
-    logits: Tensor = output.logits
     return logits[0]
 
 
@@ -154,10 +188,13 @@ def _predicting(hidden: Tensor, packed: Packed) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, packed.at)
 
 
-def _places(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """What tells ``model`` the sequences apart."""
-    places = {"position_ids": packed.positions}
-    return places | {"attention_mask": layout(packed.positions)} if uses_rows(model) else places
+def _through(module: Any, model: Any, packed: Packed) -> Any:
+    """What ``module``, ``model`` or its backbone, makes of the rows."""
+    given = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False, "return_dict": True}
+    if uses_rows(model):
+        return module(**given, attention_mask=layout(packed.positions))
+    with silent():  # it warns of padding without a mask, which no sequence sees
+        return module(**given)
 
 
 def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
@@ -165,6 +202,61 @@ def prefer_varlen(model: Any, device: torch.device, precision: str) -> None:
     able = getattr(unwrap(model), "_supports_flash_attn", False)
     if able and device.type == "cuda" and precision == "bf16" and dispatch.find_spec("flash_attn") is not None:
         unwrap(model).set_attn_implementation("flash_attention_2")
+
+
+class Attention(NamedTuple):
+    """How a model attends to packed sequences, by transformers' names."""
+
+    model: Any
+    before: str | None
+    now: str | None
+
+
+def prepare(readers: Sequence[Any], device: torch.device, config: Any, *, rows: bool = True) -> list[Attention]:
+    """Where ``config.packing`` asks for it, see to it that the sequences of no reader see each other in a row.
+
+    Each attends as it is fastest: by flash-attn, or on a CPU, with ``rows``, by ``attention.attend``. ``put_back``
+    takes what is returned. Raises ``ValueError`` like ``check_packing``, and all attend as before.
+    """
+    prepared: list[Attention] = []
+    try:
+        for model in readers if config.packing else ():
+            before = _attention(model)
+            prepared.append(Attention(model, before, before))
+            _choose(model, device, config.precision, rows=rows)
+            prepared[-1] = Attention(model, before, _attention(model))
+    except BaseException:
+        put_back([Attention(model, before, _attention(model)) for model, before, _ in prepared])
+        raise
+    return prepared
+
+
+def _choose(model: Any, device: torch.device, precision: str, *, rows: bool) -> None:
+    prefer_varlen(model, device, precision)
+    if rows and device.type == "cpu" and can_use_rows(model):
+        use_rows(model)
+        with suppress(ValueError):
+            return check_packing(model)
+        leave_rows(model)  # a model that makes its own mask
+    check_packing(model)
+
+
+def put_back(prepared: Sequence[Attention]) -> None:
+    """Let every model attend as before ``prepare``; packed sequences are then told apart by a mask."""
+    for model, before, now in reversed(prepared):
+        if before != now:
+            unwrap(model).set_attn_implementation(before)
+
+
+def take_up(prepared: Sequence[Attention]) -> None:
+    """Let every model attend as ``prepare`` chose, also after ``put_back``."""
+    for model, _, now in prepared:
+        if now != _attention(model):
+            unwrap(model).set_attn_implementation(now)
+
+
+def _attention(model: Any) -> str | None:
+    return getattr(unwrap(model).config, "_attn_implementation", None)
 
 
 def uses_varlen(model: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_fast import columns, data
 from rlhf_fast.data import DataError, Pair, Ranked, Record, encode
 from rlhf_fast.losses.reward import better
+from rlhf_fast.packing import Packed, pack_places
 
 #: kind → the two columns beside the prompt that tell it.
 KINDS = {
@@ -210,6 +211,17 @@ def collate(examples: list[Any], pad_id: int) -> Judged:
         ids, attention, data.pad(rows, 0)[0], data.pad(places, 0)[0], mask, torch.where(mask, target, 0), margins,
         there=mask.flatten().nonzero().squeeze(1), over=b * mask.shape[1] + i, under=b * mask.shape[1] + j,
     )  # fmt: skip
+
+
+def packed(examples: list[Any], device: torch.device, *, flat: bool) -> tuple[Packed, Tensor]:
+    """The sequences of ``examples`` without padding, and which of the scores read there are the ``[B, K]``.
+
+    Where ``collate`` has no score stands any other.
+    """
+    places = [some for example in examples for some in ends(example)]
+    order = torch.arange(sum(map(len, places))).split([sum(map(len, ends(example))) for example in examples])
+    every = [ids for example in examples for ids in sequences(example)]
+    return pack_places(every, places, device, flat=flat), data.pad(order, 0)[0].to(device, non_blocking=True)
 
 
 def _targets(example: Pair | Ranked | Labelled) -> Tensor:

@@ -80,6 +80,8 @@ def read_config(source: str | Path) -> Any:
     """The configuration of the model at ``source``. Raises ``ValueError`` in one sentence if there is none."""
     from transformers import AutoConfig
 
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"a model must be a path, a Hub id or a module, got {type(source).__name__}")
     if is_local(source):
         check_folder(source)
     return read(AutoConfig, source)

@@ -104,8 +104,8 @@ class Rollout:
         return self.scores if self.scores.dim() == 1 else torch.where(self.mask, self.scores, 0).sum(1)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """``prompt``, ``response`` and ``score`` of the first ``count`` sequences."""
-        scores = self.sequence_scores()[:count].tolist()
+        """``prompt``, ``response`` and ``score`` (None without a reward) of the first ``count`` sequences."""
+        scores = [None] * count if self.scores is None else self.sequence_scores()[:count].tolist()
         texts = zip(self.prompts, self.texts, scores, strict=False)
         return [{"prompt": prompt, "response": response, "score": score} for prompt, response, score in texts]
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ from rlhf_fast import dispatch
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+PRINTED = re.compile(r"^print\(.*\) +# (.*)$", re.MULTILINE)
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 SHORT = "batch_size=4, minibatch_size=2, max_new_tokens=6"
 SHORTER = {  # as printed they run for hours
@@ -100,7 +102,10 @@ def test_every_example_runs_or_says_why_not(name, tmp_path, monkeypatch, capsys)
     names = (PREPARED.get(name) or dict)() or {}
     capsys.readouterr()
     exec(code, names)
-    assert HOLDS.get(name, lambda names, out: True)(names, capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert HOLDS.get(name, lambda names, out: True)(names, out)
+    if name.startswith("ops/"):
+        assert out.splitlines() == PRINTED.findall(code)
 
 
 def test_what_does_not_run_has_a_good_reason():
@@ -125,20 +130,25 @@ def test_the_site_has_every_page_once():
 def test_links_lead_to_files_and_headings(name):
     prose = re.sub(r"```.*?```", "", page(name), flags=re.DOTALL)
     for path, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", prose):
-        target = DOCS / (path or name)
+        target = (DOCS / name).parent / (path or Path(name).name)
         assert target.exists(), path
         if anchor and target.suffix == ".md":
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_out_of_the_site_become_names():
+def test_links_out_of_the_site_become_names_and_pictures_come_along():
+    def at(name):
+        return SimpleNamespace(file=SimpleNamespace(src_uri=name))
+
     spec = importlib.util.spec_from_file_location("site_links", ROOT / ".ci" / "site_links.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
     text = "[a](../benchmarks/x.py), [benchmarks/y](../benchmarks/y), [the rule](../CONTRIBUTING.md#rules), [b](b.md)"
     said = "a (`benchmarks/x.py`), `benchmarks/y`, the rule (`CONTRIBUTING.md`), [b](b.md)"
-    assert hook.on_page_markdown(text, page=None) == said
+    assert hook.on_page_markdown(text, page=at("a.md")) == said
+    text = "![c](../../benchmarks/c.png), [d](../d.md#e), [f](../../g/f.py)"
+    assert hook.on_page_markdown(text, page=at("ops/a.md")) == "![c](../benchmarks/c.png), [d](../d.md#e), f (`g/f.py`)"
 
 
 def test_every_flag_of_a_command_exists():

@@ -34,7 +34,8 @@ RANKINGS = [
 ]
 STEPS = [{"prompt": "the", "steps": [" good", " bad"], "labels": [i % 2, None if i else 0.5]} for i in range(4)]
 JUDGED = {"reward": PAIRS, "ranking": RANKINGS, "process": STEPS}
-KINDS = ["sft", "packed", *JUDGED, "rrhf", "dpo", "distill", "ppo"]
+PADDED = ["sft", *JUDGED, "rrhf", "dpo", "distill", "own", "ppo"]
+KINDS = PADDED + [f"{kind} packed" for kind in PADDED]
 PROMPTS = [{"prompt": p} for p in ("the movie", "a plot was very", "I like this", "the")]
 
 
@@ -49,7 +50,8 @@ def length_score(prompts, responses, **columns):
 
 
 def build(kind, make=tiny_gpt2, precision="fp32"):
-    common = {"learning_rate": 1e-3, "precision": precision, "quiet": True}
+    kind, packing = kind.removesuffix(" packed"), kind.endswith(" packed")
+    common = {"learning_rate": 1e-3, "precision": precision, "quiet": True, "packing": packing}
     if kind == "sft":
         config = SFTConfig(batch_size=4, micro_batch_size=3, **common)
         return SFTTrainer(make(TOKENIZER), data=DEMOS, tokenizer=TOKENIZER, config=config, eval_data=DEMOS)
@@ -58,19 +60,17 @@ def build(kind, make=tiny_gpt2, precision="fp32"):
         given = {"data": JUDGED[kind], "eval_data": JUDGED[kind]}
         return RewardTrainer(make(TOKENIZER), tokenizer=TOKENIZER, config=config, **given)
     given = {"tokenizer": TOKENIZER}
-    if kind == "packed":
-        config = SFTConfig(batch_size=4, packing=True, **common)
-        return SFTTrainer(make(TOKENIZER), data=DEMOS, config=config, eval_data=DEMOS, **given)
     if kind == "rrhf":  # the three answers to a prompt do not fit in one pass
         config = RRHFConfig(batch_size=2, micro_batch_size=2, **common)
         return RRHFTrainer(make(TOKENIZER), data=RANKED, config=config, eval_data=RANKED, **given)
     if kind == "dpo":
         config = DPOConfig(batch_size=4, micro_batch_size=3, **common)
         return DPOTrainer(make(TOKENIZER), data=PAIRS, config=config, eval_data=PAIRS, **given)
-    if kind == "distill":
-        config, teacher = DistillConfig(batch_size=4, micro_batch_size=3, **common), make(TOKENIZER, seed=1)
-        given |= {"teacher": teacher, "reward": length_score, "eval_data": DEMOS[:3]}
-        return DistillTrainer(make(TOKENIZER), data=DEMOS[:3], config=config, **given)
+    if kind in ("distill", "own"):
+        config = DistillConfig(batch_size=4, micro_batch_size=3, max_new_tokens=8, **common)
+        given |= {"teacher": make(TOKENIZER, seed=1), "reward": length_score, "eval_data": DEMOS[:3]}
+        given |= {"prompts": PROMPTS} if kind == "own" else {"data": DEMOS[:3]}
+        return DistillTrainer(make(TOKENIZER), config=config, **given)
     config = PPOConfig(
         batch_size=4, minibatch_size=4, micro_batch_size=3, ppo_epochs=1, max_new_tokens=8, steps=3,
         entropy_coef=0.01, whiten_rewards=True, missing_eos_penalty=1.0, **common,
@@ -84,7 +84,7 @@ def first_step(kind, make, device):
         trainer = build(kind, make)
         assert trainer.accelerator.device.type == device
         stats = trainer.step(next(trainer.batches()))
-        return stats if kind == "ppo" else stats | trainer.evaluate()
+        return stats if kind.startswith("ppo") else stats | trainer.evaluate()
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
@@ -100,7 +100,7 @@ def test_a_step_has_the_numbers_of_the_cpu(kind, make):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_steps_and_keeps_float32_weights(kind):
     trainer = build(kind, precision="bf16")
-    model = trainer.policy if kind == "ppo" else trainer.model
+    model = trainer.policy if kind.startswith("ppo") else trainer.model
     before = copy.deepcopy(model.state_dict())
     assert math.isfinite(trainer.step(next(trainer.batches()))["loss"])
     after = model.state_dict()

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama
 
-from rlhf_fast import dispatch
+from rlhf_fast import attention, dispatch
 from rlhf_fast.attention import can_use_rows, use_rows
+from rlhf_fast.generate import decode
 from rlhf_fast.models import token_logits
-from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, uses_varlen
-from rlhf_fast.trainers import online
+from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, prepare, uses_varlen
 
 CPU = torch.device("cpu")
 SEQUENCES = [([5, 9, 3, 7], [False, True, True, True]), ([8], [True]), ([6, 6], [True, True]), ([4] * 7, [True] * 7)]
@@ -99,8 +99,12 @@ def test_flash_attn_is_asked_for_where_it_can_run(monkeypatch, device, precision
     assert uses_varlen(model)
 
 
+@pytest.mark.parametrize("short", [0, attention.SHORT])  # tokens up to which two products are taken instead of sdpa
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
-def test_a_row_whose_attention_is_padded_gives_the_logits_and_gradients_of_each_sequence_alone(make):
+def test_a_row_whose_attention_is_padded_gives_the_logits_and_gradients_of_each_sequence_alone(
+    make, short, monkeypatch
+):
+    monkeypatch.setattr(attention, "SHORT", short)
     model, other = make().double().eval(), make().double().eval()
     other.load_state_dict(model.state_dict())
     assert can_use_rows(model)
@@ -115,27 +119,59 @@ def test_a_row_whose_attention_is_padded_gives_the_logits_and_gradients_of_each_
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
-def test_in_bfloat16_a_row_attends_in_float32(make, monkeypatch):
-    """In bfloat16 the backward of attention on a CPU takes longer than all that the products save."""
+@pytest.fixture
+def arithmetic(monkeypatch):
+    """The dtypes of the queries that attend to something, by sdpa or by two products."""
     from transformers.integrations import sdpa_attention
 
-    model, seen = make().eval(), []
+    seen = set()
+
+    def note(holder, name, at):
+        inner = getattr(holder, name)
+
+        def noted(*given, **options):
+            seen.add(given[at].dtype)
+            return inner(*given, **options)
+
+        monkeypatch.setattr(holder, name, noted)
+
+    note(sdpa_attention, "sdpa_attention_forward", 1)
+    note(attention, "_products", 0)
+    return seen
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_in_bfloat16_a_row_attends_in_float32(make, arithmetic):
+    """In bfloat16 the backward of attention on a CPU takes longer than all that the products save."""
+    model = make().eval()
     use_rows(model)
     packed = pack([SEQUENCES], 0, CPU, flat=True)
     exact = packed_logits(model, packed)
-    inner = sdpa_attention.sdpa_attention_forward
-
-    def noted(module, query, *rest, **options):
-        seen.append(query)
-        return inner(module, query, *rest, **options)
-
-    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noted)
     with torch.autocast("cpu", torch.bfloat16):
         logits = packed_logits(model, packed)
     assert logits.dtype == torch.bfloat16
-    assert {query.dtype for query in seen} == {torch.float32}
+    assert arithmetic == {torch.float32}
     torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * float(exact.detach().abs().max()))
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_a_token_attends_to_the_cache_as_by_sdpa(make, arithmetic):
+    """The prompt attends by sdpa, each token after it by two products; padding on the left of a row changes nothing."""
+    model = make().double().eval()
+    ids, mask = torch.tensor([[0, 0, 5, 9], [3, 4, 5, 6]]), torch.ones(2, 4).bool()
+    mask[0, :2] = False
+    options = {"max_new_tokens": 9, "stop_ids": [], "pad_id": 0, "seeds": torch.arange(2)}
+    expected = decode(model, ids, mask, **options)
+    use_rows(model)
+    found = decode(model, ids, mask, **options)
+    assert torch.equal(found.responses, expected.responses)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-6)  # they are kept in float32
+    arithmetic.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.float()(ids, attention_mask=mask, use_cache=True).past_key_values
+        arithmetic.clear()  # of the prompt, whose attention is transformers' own
+        model(ids[:, :1], attention_mask=torch.ones(2, 5).bool(), past_key_values=cache)
+    assert arithmetic == {torch.float32}
 
 
 def test_with_an_ordinary_mask_a_prepared_model_attends_as_before():
@@ -170,5 +206,6 @@ def test_a_model_that_makes_its_own_mask_is_packed_as_before(monkeypatch):
         return inner(**given)
 
     monkeypatch.setattr(model.model, "forward", masked)
-    online.prepare_packing([model], CPU, SimpleNamespace(packing=True, precision="fp32"))
+    (prepared,) = prepare([model], CPU, SimpleNamespace(packing=True, precision="fp32"))
+    assert prepared[1:] == ("sdpa", "sdpa")
     assert model.config._attn_implementation == "sdpa"

@@ -1,5 +1,6 @@
 """The README's snippets run as they are printed, and the Chinese README shows the same code."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -60,3 +61,32 @@ def test_the_chinese_readme_shows_the_same_code():
             [re.sub(r" *#.*", "", text) for text in blocks(name, language)] for name in ("README.md", "README.zh-CN.md")
         ]
         assert both[0] == both[1]
+
+
+def skeleton(name):
+    """What two languages share: levels of headings, shapes of tables, links and names in code."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("#", "README"))]
+    tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    code = {name for name in re.findall(r"`([^`\n]+)`", text) if name != "with"}
+    return re.findall(r"^#+", text, re.MULTILINE), sorted(links), tables, code
+
+
+def test_the_chinese_readme_has_the_same_headings_tables_links_and_names():
+    assert skeleton("README.md") == skeleton("README.zh-CN.md")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_times_faster_are_the_committed_ones(name):
+    results = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-x2.json").read_text())
+    text, op, count = (ROOT / name).read_text(encoding="utf-8"), "", 0
+    table = text[re.search(r"^\| `logprobs`.*256 × 151936", text, re.MULTILINE).start() :].split("\n\n")[0]
+    for line in table.splitlines():
+        what, *_, said = (cell.strip() for cell in line.split("|")[1:-1])
+        op = (re.findall(r"^`(\w+)`", what) or [op])[0]
+        ratios = [ratio for row in results[op]["rows"] for ratio in row["ratios"].values()]
+        for figure in said.split(" / "):
+            places = len(figure.partition(".")[2])
+            assert figure in {f"{ratio:.{places}f}" for ratio in ratios}, f"{op}: {figure}"
+            count += 1
+    assert count == 16

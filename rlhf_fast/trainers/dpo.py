@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models
+from rlhf_fast import data, models, packing
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.losses.preference import DPO_KINDS
@@ -42,6 +42,7 @@ class DPOConfig:
     lora_alpha: float = option(32.0, "scale of the adapters, over the rank", above=0.0)
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer pair stops the run, is cut or is left out", choices=data.OVERLONG)
+    packing: bool = option(False, "prompts and answers are read without their padding, several to a row")
     precision: str = option("fp32", "bf16 runs the models' products in bfloat16", choices=learning.PRECISIONS)
     gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the pairs and of new adapters", low=0, high=2**63 - 1)
@@ -104,11 +105,13 @@ class DPOTrainer:
         self.reference = None if own else models.frozen_copy(self.reference, shared_copy).to(home)
         if c.share == "lora":
             self.model = with_adapters(self.model, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
+        readers = [m for m in (self.model, self.reference) if m is not None]
+        self.attention = packing.prepare(readers, home, c)
         learning.shard(self.accelerator, [self.model, self.reference])
         self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
         if c.precompute_reference:
             self._read_all(self.model if own else self.reference)
-            self.reference = None
+            self.reference, self.attention = None, [a for a in self.attention if a.model is self.model]
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
@@ -193,12 +196,12 @@ class DPOTrainer:
 
     def logprobs(self, model: nn.Module, answers: offline.Answers) -> Tensor:
         """``[2, B]``: the logprob of each whole answer under ``model``, the chosen ones first."""
-        return offline.logprobs(model, answers, self.config.precision).sum(1).view(2, -1)
+        return offline.logprobs(model, answers, self.config).sum(1).view(2, -1)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The statistics of ``loss`` over the held-out pairs, ``eval_`` before each name."""
-        found = learning.numbers(offline.summed(self.losses(self.eval_examples)))
+        """The statistics of ``loss`` over the held-out pairs, as ``eval_...``. Raises ``ValueError`` without any."""
+        found = learning.numbers(offline.summed(self.losses(offline.held_out(self))))
         return {f"eval_{name}": value for name, value in found.items()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

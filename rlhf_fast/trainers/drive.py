@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_fast import sharded
+from rlhf_fast import packing, sharded
 from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.watch import Watch, training_range
@@ -27,13 +27,16 @@ def drive(
     more metrics), ``save(folder)`` (a checkpoint), ``restore(folder)``, ``save_model(folder)`` (the result), ``done``
     and ``updates``, the counts of its steps and of its optimizer's. Ctrl-C and SIGTERM end the run after the step that
     is under way, so that a checkpoint always holds the state between two steps; a second Ctrl-C ends it at once. Where
-    the trainer has ``on_step(step, stats)``, that is called after each step, and what it raises ends the run.
+    the trainer has ``on_step(step, stats)``, that is called after each step, and what it raises ends the run. While
+    the run lasts its models attend as its ``attention`` says.
     """
     found = processes.gathered(lambda: run.open(total, resume=resume))[0]
     deafen = _listen(run)
     told = getattr(trainer, "on_step", None)
     done, fault = 0, None
+    attention = getattr(trainer, "attention", ())
     try:
+        packing.take_up(attention)
         watch = Watch(run.config, training_range(trainer)).replay(run.past)
         if found is not None:
             trainer.restore(found)
@@ -75,6 +78,7 @@ def drive(
         raise
     finally:
         deafen()
+        packing.put_back(attention)
         run.close(fault)
 
 

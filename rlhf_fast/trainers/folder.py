@@ -9,7 +9,8 @@ RECORD = "run.json"
 #: What a run leaves that ends in its first step; the figures are empty.
 FIRST = {RECORD, "metrics.jsonl", "tensorboard", "report.html"}
 #: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing")
+FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing",
+        "packing")  # fmt: skip
 
 
 def check_folder(folder: str | Path | None, *, run: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
@@ -46,13 +46,17 @@ class GRPOConfig:
     max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", above=0.0)
     advantage: str = option("grpo", "how a score becomes an advantage", choices=ADVANTAGES)
     eps: float = option(1e-6, "added to the standard deviation of a group", low=0.0)
-    aggregate: str = option("token_mean", "mean over tokens, responses or max_new_tokens", choices=AGGREGATES)
+    aggregate: str = option(
+        "token_mean",
+        "mean over tokens, over responses or, longest (Dr. GRPO), over responses times max_new_tokens",
+        choices=AGGREGATES,
+    )
     cliprange: float = option(0.2, "how far the ratio may move from 1 before its gradient stops", above=0.0)
-    cliprange_high: float | None = option(None, "the same upwards, if it differs; DAPO's is 0.28", above=0.0)
+    cliprange_high: float | None = option(None, "cliprange upwards, if it differs; DAPO's is 0.28", above=0.0)
     dual_clip: float | None = option(None, "bound of the loss in units of a negative advantage, e.g. 3", above=1.0)
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0.0)
     kl_coef: float = option(0.0, "price of the KL, in the loss (reinforce_pp: rewards); 0: no reference", low=0.0)
-    kl: str = option("k3", "estimator of that KL", choices=KL_ESTIMATES)
+    kl: str = option("k3", "estimator of the KL that kl_coef prices", choices=KL_ESTIMATES)
     stop_kl: float | None = option(None, "approx_kl at which the passes over a batch end early", above=0.0)
     resample: int = option(0, "times that groups of equal scores are drawn anew (dynamic sampling)", low=0)
     old_logprobs: str = option("recomputed", "the ratio starts from the trainer's or the sampler's", choices=online.OLD)
@@ -60,8 +64,8 @@ class GRPOConfig:
     scale_scores: str = option("none", "divide by the running std; norm: less the mean first", choices=online.SCALES)
     clip_scores: float | None = option(None, "largest absolute score, after scaling", above=0.0)
     missing_eos_penalty: float | None = option(None, "taken from the score of a response that never ends", low=0)
-    overlong_penalty: float = option(0.0, "taken from that of the longest response; less within overlong_buffer", low=0)
-    overlong_buffer: int = option(16, "last tokens of max_new_tokens in which that penalty rises from 0", low=1)
+    overlong_penalty: float = option(0.0, "taken from a response of max_new_tokens; less within overlong_buffer", low=0)
+    overlong_buffer: int = option(16, "last tokens of max_new_tokens in which overlong_penalty rises from 0", low=1)
     learn_truncated: bool = option(True, "learn from responses that never end, too")
     skip_failed_rewards: bool = option(False, "leave out a batch on which the reward function raises, and count it")
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
@@ -119,6 +123,8 @@ class GRPOTrainer:
     ) -> None:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, GRPOConfig)
+        if reference is not None and not c.kl_coef:
+            warnings.warn("the reference is not used: GRPOConfig.kl_coef is 0", stacklevel=2)
         self.output_dir, self.generator = output_dir, generator
         self.accelerator = learning.accelerator(sharded=True)
         device = learning.home(self.accelerator)
@@ -136,9 +142,9 @@ class GRPOTrainer:
         readers = {model: 0 for model in (self.policy, self.reference) if model is not None}
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers |= dict.fromkeys(token_readers(self.reward), 1)
-        online.prepare_packing([self.policy, *([self.reference] if self.reference else [])], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
+        self.attention = packing.prepare([m for m in (self.policy, self.reference) if m is not None], device, c)
         learning.shard(self.accelerator, [self.policy, self.reference])
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)
         self.learners, self.moments = {"": self.policy}, RunningMoments()
@@ -170,7 +176,7 @@ class GRPOTrainer:
             if not c.skip_failed_rewards:
                 raise
             warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
-            self.done, self.skipped = self.done + 1, self.skipped + 1
+            self.done, self.skipped, self.samples = self.done + 1, self.skipped + 1, []
             return {"skipped": float(self.skipped)}
         advantages = online.corrected(self.advantages(rollout, scores), rollout, c.importance_cap)
         seen = learning.numbers(statistics(rollout, scores))
@@ -245,8 +251,7 @@ class GRPOTrainer:
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""
-        if self.config.sample_every and step % self.config.sample_every == 0:
-            run.show_samples(step, self.samples)
+        online.show_samples(self, step, run)
         return {}
 
     def save(self, folder: Path) -> None:

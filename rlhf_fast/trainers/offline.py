@@ -6,14 +6,16 @@ the whole run), ``done`` and ``updates`` (those taken) and ``save_model(folder)`
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models, ops
-from rlhf_fast.trainers import checkpoint, learning, processes
+from rlhf_fast import data, models, ops, packing
+from rlhf_fast.trainers import checkpoint, learning, processes, reading
 from rlhf_fast.trainers.run import epochs
 
 
@@ -69,6 +71,14 @@ def due(trainer: Any, step: int) -> bool:
     return bool(trainer.eval_examples) and (step == trainer.steps or (every > 0 and step % every == 0))
 
 
+def held_out(trainer: Any) -> list[Any]:
+    """The examples to evaluate on. Raises ``ValueError`` where there are none."""
+    if not trainer.eval_examples:
+        raise ValueError("there is nothing to evaluate on: eval_data is absent")
+    examples: list[Any] = trainer.eval_examples
+    return examples
+
+
 def save(trainer: Any, folder: Path, **numbers: Any) -> None:
     """Write a checkpoint: the model, the optimizer, how many steps are taken, and further ``numbers``."""
     trainer.save_model(folder)
@@ -84,17 +94,35 @@ def restore(trainer: Any, folder: Path) -> dict[str, Any]:
     return kept
 
 
-class Answers(NamedTuple):
+@dataclass(frozen=True)
+class Answers:
     """``N`` prompts, padded to the left, each with its answer, padded to the right."""
 
     ids: Tensor  # [N, P + T], int64
     attention: Tensor  # [N, P + T], bool, True on tokens
     responses: Tensor  # [N, T], int64, the last T columns of ids
     mask: Tensor  # [N, T], bool, True on the tokens that count
+    prompt_lengths: Tensor  # [N], int64, on the CPU
+    lengths: Tensor  # [N], int64, on the CPU, of the responses
+    counts: Tensor  # [N, T], the mask on the CPU
 
     def select(self, rows: Tensor) -> "Answers":
         """The answers ``rows``."""
-        return Answers(*(x[rows] for x in self))
+        return Answers(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @cached_property
+    def spots(self) -> packing.Spots:
+        """The sequences without their padding, in rows as long as the longest of them."""
+        return self._spots(flat=False)
+
+    @cached_property
+    def flat_spots(self) -> packing.Spots:
+        """The same in one row, for flash-attn's kernels."""
+        return self._spots(flat=True)
+
+    def _spots(self, *, flat: bool) -> packing.Spots:
+        lengths = self.prompt_lengths, self.lengths
+        return packing.spots(self.ids, self.mask, *lengths, counts=self.counts, flat=flat)
 
 
 def collate(sequences: Sequence[list[int]], masks: Sequence[list[bool]], pad_id: int, device: torch.device) -> Answers:
@@ -110,7 +138,8 @@ def collate(sequences: Sequence[list[int]], masks: Sequence[list[bool]], pad_id:
     # Of empty lists there is no dtype to tell.
     prompts, responses, counts = prompts.long(), responses.long(), counts.bool()
     found = torch.cat([prompts, responses], 1), torch.cat([before, there], 1), responses, counts
-    return Answers(*(x.to(device, non_blocking=True) for x in found))
+    lengths = {"prompt_lengths": before.sum(1), "lengths": there.sum(1)}
+    return Answers(*(x.to(device, non_blocking=True) for x in found), **lengths, counts=counts)
 
 
 def answered(sequence: list[int], prompt_length: int) -> list[bool]:
@@ -118,13 +147,7 @@ def answered(sequence: list[int], prompt_length: int) -> list[bool]:
     return [i >= prompt_length for i in range(len(sequence))]
 
 
-def logits(model: nn.Module, answers: Answers, precision: str) -> Tensor:
-    """``[N, T, V]``, at each token of the answers the logits that predict it."""
-    with learning.autocast(answers.ids.device, precision):
-        keep = answers.mask.shape[1] + 1
-        return models.token_logits(model, answers.ids, answers.attention, keep=keep, final=False)
-
-
-def logprobs(model: nn.Module, answers: Answers, precision: str) -> Tensor:
+def logprobs(model: nn.Module, answers: Answers, config: Any) -> Tensor:
     """``[N, T]``, the logprob of each token of the answers, in float32; 0 where it does not count."""
-    return ops.logprobs(logits(model, answers, precision), answers.responses, mask=answers.mask).logprobs
+    seen = reading.predictions(model, answers, config)
+    return seen.spread(ops.logprobs(seen.logits, seen.tokens, mask=seen.mask).logprobs)

@@ -1,18 +1,17 @@
 """What the trainers share whose policy writes its own training data: prompts in, responses out."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import attention, data, models, ops, packing, sharded
+from rlhf_fast import data, models, ops, packing, sharded
 from rlhf_fast.generate import stop_tokens, texts_of
 from rlhf_fast.generators import DecodeGenerator, Generator, check_written
 from rlhf_fast.rollout import Rollout
-from rlhf_fast.trainers import learning, processes
-from rlhf_fast.trainers.run import stream
+from rlhf_fast.trainers import learning, processes, reading
+from rlhf_fast.trainers.run import Run, stream
 
 PROMPTS, SEEDS, MINIBATCHES, MORE = 0, 1, 2, 3  # what a random stream is for
 OLD, SCALES = ("recomputed", "sampler"), ("none", "std", "norm")  # choices of old_logprobs and scale_scores
@@ -36,19 +35,6 @@ def tokenise(
     for model in readers:
         models.check_tokens(model, tokenizer, (example.ids for example in examples))
     return examples
-
-
-def prepare_packing(readers: list[nn.Module], device: torch.device, config: Any) -> None:
-    """Where ``config.packing`` asks for it, see to it that the sequences of no reader see each other in a row."""
-    for model in readers if config.packing else ():
-        packing.prefer_varlen(model, device, config.precision)
-        if device.type == "cpu" and attention.can_use_rows(model):
-            attention.use_rows(model)
-            with contextlib.suppress(ValueError):
-                packing.check_packing(model)
-                continue
-            attention.leave_rows(model)  # a model that makes its own mask
-        packing.check_packing(model)
 
 
 def batches(prompts: list[data.Prompt], config: Any, done: int) -> Iterator[list[data.Prompt]]:
@@ -132,6 +118,13 @@ def fill(rollout: Rollout, size: int, names: Sequence[str], read: Callable[[Roll
         setattr(rollout, name, torch.cat([found[name] for found in parts]).to(rollout.mask.device))
 
 
+def show_samples(trainer: Any, step: int, run: Run) -> None:
+    """Show the last samples of ``trainer`` where its ``sample_every`` says so."""
+    every = trainer.config.sample_every
+    if every and step % every == 0 and trainer.samples:
+        run.show_samples(step, trainer.samples)
+
+
 def stop_ids(policy: nn.Module, tokenizer: Any, more: str | None) -> list[int]:
     """The tokens that end a response, with the one that ``more`` is. Raises ``ValueError`` if that is not one token."""
     ids = [] if more is None else tokenizer(more, add_special_tokens=False)["input_ids"]
@@ -142,16 +135,16 @@ def stop_ids(policy: nn.Module, tokenizer: Any, more: str | None) -> list[int]:
 
 def read(model: nn.Module, rollout: Rollout, config: Any) -> ops.LogprobsOutput:
     """Logprob and entropy of every response token under ``model``."""
-    logits, tokens, mask, spread = _predictions(model, rollout, config)
-    found = ops.logprobs(logits, tokens, temperature=config.temperature, mask=mask)
-    return ops.LogprobsOutput(*map(spread, found))
+    seen = reading.predictions(model, rollout, config)
+    found = ops.logprobs(seen.logits, seen.tokens, temperature=config.temperature, mask=seen.mask)
+    return ops.LogprobsOutput(*map(seen.spread, found))
 
 
 def values(critic: nn.Module, rollout: Rollout, config: Any) -> Tensor:
     """The critic's value ``[B, T]`` of the state before each response token."""
     with learning.autocast(rollout.mask.device, config.precision):
         if config.packing:
-            spots = _spots(critic, rollout)
+            spots = reading.spots_of(critic, rollout)
             return spots.spread(packing.packed_values(critic, spots.packed))
         found = models.token_values(critic, rollout.ids, rollout.attention)
     return torch.where(rollout.mask, found[:, rollout.prompt_ids.shape[1] - 1 : -1], 0.0)
@@ -164,10 +157,10 @@ def compare(policy: nn.Module, reference: nn.Module | None, rollout: Rollout, co
     """
     recomputed = config.old_logprobs == "recomputed"
     if config.kl == "exact" and reference is not None:
-        logits, tokens, mask, spread = _predictions(policy, rollout, config)
-        ref_logits = _predictions(reference, rollout, config)[0]
-        found = ops.kl(logits, ref_logits, tokens, temperature=config.temperature, mask=mask)
-        rollout.kl, old, rollout.ref_logprobs = map(spread, (found.kl, found.logprobs, found.ref_logprobs))
+        seen = reading.predictions(policy, rollout, config)
+        ref_logits = reading.predictions(reference, rollout, config).logits
+        found = ops.kl(seen.logits, ref_logits, seen.tokens, temperature=config.temperature, mask=seen.mask)
+        rollout.kl, old, rollout.ref_logprobs = map(seen.spread, (found.kl, found.logprobs, found.ref_logprobs))
         rollout.old_logprobs = old if recomputed else rollout.old_logprobs
         return
     if recomputed:
@@ -262,18 +255,3 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     numbers = learning.numbers(total | dict(zip(names, norms, strict=True)))  # the only wait for the device
     learning.check_finite(trainer.optimizer, numbers["loss"], [numbers[name] for name in names])
     return numbers
-
-
-def _predictions(model: nn.Module, rollout: Rollout, config: Any) -> tuple[Tensor, Tensor, Tensor | None, Callable]:
-    """Logits, the tokens that they predict, which of these count, and what brings results to ``[B, T]``."""
-    with learning.autocast(rollout.mask.device, config.precision):
-        if config.packing:
-            spots = _spots(model, rollout)
-            return packing.packed_logits(model, spots.packed), spots.packed.targets, None, spots.spread
-        keep = rollout.mask.shape[1] + 1
-        logits = models.token_logits(model, rollout.ids, rollout.attention, keep=keep, final=False)
-    return logits, rollout.responses, rollout.mask, lambda x: x  # logits at a token are of the next one
-
-
-def _spots(model: nn.Module, rollout: Rollout) -> packing.Spots:
-    return rollout.flat_spots if packing.uses_varlen(model) else rollout.spots

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops
+from rlhf_fast import data, models, ops, packing
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
@@ -45,7 +45,7 @@ class PPOConfig:
     whiten_advantages: bool = option(True, "give the advantages of a batch mean 0 and variance 1")
     whiten_rewards: bool = option(False, "give the token rewards of a batch variance 1, keeping their mean")
     cliprange: float = option(0.2, "how far the ratio may move from 1 before its gradient stops", above=0.0)
-    cliprange_high: float | None = option(None, "the same upwards, if it differs", above=0.0)
+    cliprange_high: float | None = option(None, "cliprange upwards, if it differs", above=0.0)
     cliprange_value: float = option(0.2, "how far a value may move from its old one before its gradient stops", above=0)
     vf_coef: float = option(0.1, "weight of the value loss", low=0.0)
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0.0)
@@ -61,8 +61,8 @@ class PPOConfig:
     scale_scores: str = option("none", "divide by the running std; norm: less the mean first", choices=online.SCALES)
     clip_scores: float | None = option(None, "largest absolute score, after scaling", above=0.0)
     missing_eos_penalty: float | None = option(None, "taken from the last reward of a response that never ends", low=0)
-    overlong_penalty: float = option(0.0, "taken from that of the longest response; less within overlong_buffer", low=0)
-    overlong_buffer: int = option(16, "last tokens of max_new_tokens in which that penalty rises from 0", low=1)
+    overlong_penalty: float = option(0.0, "taken from a response of max_new_tokens; less within overlong_buffer", low=0)
+    overlong_buffer: int = option(16, "last tokens of max_new_tokens in which overlong_penalty rises from 0", low=1)
     skip_failed_rewards: bool = option(False, "leave out a batch on which the reward function raises, and count it")
     max_prompt_length: int | None = option(None, "longest prompt in tokens; what the context leaves if absent", low=1)
     overlong: str = option("error", "a longer prompt stops the run or is left out", choices=("error", "drop"))
@@ -141,10 +141,10 @@ class PPOTrainer:
             self.policy, self.critic = (with_adapters(m, **size) for m in (self.policy, self.critic))
         # A reward model that reads the policy's tokens reads an end token after every response, too.
         readers = {self.policy: 0, self.reference: 0, self.critic: 0} | dict.fromkeys(scorers, 1)
-        online.prepare_packing([self.policy, self.reference, self.critic], device, c)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
+        self.attention = packing.prepare([self.policy, self.reference, self.critic], device, c)
         learning.shard(self.accelerator, [self.policy, self.reference, self.critic])
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)
@@ -179,7 +179,7 @@ class PPOTrainer:
             if not c.skip_failed_rewards:
                 raise
             warnings.warn(f"step {self.done + 1} is skipped: {error}", stacklevel=2)
-            self.done, self.skipped = self.done + 1, self.skipped + 1
+            self.done, self.skipped, self.samples = self.done + 1, self.skipped + 1, []
             return {"skipped": float(self.skipped)}
         advantages, returns = ops.gae(rewards, rollout.values, rollout.mask, gamma=c.gamma, lam=c.lam)
         if c.whiten_advantages:
@@ -242,8 +242,7 @@ class PPOTrainer:
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""
-        if self.config.sample_every and step % self.config.sample_every == 0:
-            run.show_samples(step, self.samples)
+        online.show_samples(self, step, run)
         return {}
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, preferences
+from rlhf_fast import data, models, packing, preferences
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import pairwise_loss, pointwise_loss, ranking_loss
 from rlhf_fast.losses.reward import RANKINGS
@@ -48,6 +48,7 @@ class RewardConfig:
     normalise: bool = option(False, "shift the scores to mean 0 at the end; their sigmoid is then no probability")
     max_length: int | None = option(None, "longest prompt and answer in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer record stops the run, is cut or is left out", choices=data.OVERLONG)
+    packing: bool = option(False, "prompts and answers are read without their padding, several to a row")
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the new head and the order of the records", low=0, high=2**63 - 1)
@@ -123,6 +124,7 @@ class RewardTrainer:
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
         settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
+        self.attention = packing.prepare([self.model], learning.home(self.accelerator), c)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
@@ -165,7 +167,7 @@ class RewardTrainer:
             found = []
             for some, counts in processes.turns(examples, lambda mine: learning.split(mine, size)):
                 judged = preferences.collate(some, self.tokenizer.pad_token_id).to(self.accelerator.device)
-                scores = self.scores(judged)
+                scores = self.scores(some, judged)
                 loss = self.loss(judged, scores, count)
                 if learn:
                     self.accelerator.backward(loss * counts)
@@ -175,9 +177,13 @@ class RewardTrainer:
 
         return merged(processes.gathered(part, calls=True))
 
-    def scores(self, judged: Judged) -> Tensor:
-        """``[B, K]`` scores, from one forward pass over all sequences."""
-        with learning.autocast(self.accelerator.device, self.config.precision):
+    def scores(self, examples: list[Any], judged: Judged) -> Tensor:
+        """``[B, K]`` scores of ``examples``, collated, from one forward pass over all sequences."""
+        device = self.accelerator.device
+        with learning.autocast(device, self.config.precision):
+            if self.config.packing:
+                packed, order = preferences.packed(examples, device, flat=packing.uses_varlen(self.model))
+                return packing.packed_values(self.model, packed)[order]
             values = models.token_values(self.model, judged.ids, judged.attention)
         return values[judged.rows, judged.places]
 
@@ -202,9 +208,7 @@ class RewardTrainer:
 
         Raises ``ValueError`` where there are none.
         """
-        if not self.eval_examples:
-            raise ValueError("there is nothing to evaluate on: eval_data is absent")
-        return self._judge(self.eval_examples)[0]
+        return self._judge(offline.held_out(self))[0]
 
     @torch.no_grad()
     def _judge(self, examples: list[Any]) -> tuple[dict[str, float], Tensor]:

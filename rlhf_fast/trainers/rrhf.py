@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models
+from rlhf_fast import data, models, packing
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
@@ -37,6 +37,7 @@ class RRHFConfig:
     max_length: int | None = option(None, "longest prompt and response in tokens; the context if absent", low=2)
     overlong: str = option("error", "a longer response stops the run, or is cut, or its prompt left out",
                            choices=data.OVERLONG)  # fmt: skip
+    packing: bool = option(False, "prompts and responses are read without their padding, several to a row")
     precision: str = option("fp32", "bf16 runs the model's products in bfloat16", choices=learning.PRECISIONS)
     gradient_checkpointing: bool = option(False, "compute activations anew for the backward pass: less memory, slower")
     seed: int = option(0, "of the order of the prompts", low=0, high=2**63 - 1)
@@ -83,7 +84,9 @@ class RRHFTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         answers = (example.answers for example in [*self.examples, *self.eval_examples])
         models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
+        home = learning.home(self.accelerator)
+        self.model = learning.trainable(policy, home, self.config)
+        self.attention = packing.prepare([self.model], home, self.config)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
@@ -124,10 +127,13 @@ class RRHFTrainer:
 
     def turns(self, batch: list[data.Ranked]) -> Iterator[tuple[list[data.Ranked], float, int]]:
         """``processes.turns`` of ``batch``, each with the most forward passes that a process needs for its own part."""
-        every = [[len(self.chunks(part)) for part in self.parts(mine)] for mine in processes.shares(batch)]
-        spare = len(self.chunks(batch[:1]))
-        passes = map(max, itertools.zip_longest(*every, fillvalue=spare))
-        return ((*turn, most) for turn, most in zip(processes.turns(batch, self.parts), passes, strict=True))
+
+        def passes(part: list[data.Ranked]) -> int:
+            return len(self.chunks(sum(len(example.answers) for example in part)))
+
+        every = [[passes(part) for part in self.parts(mine)] for mine in processes.shares(batch)]
+        longest = map(max, itertools.zip_longest(*every, fillvalue=passes(batch[:1])))
+        return ((*turn, most) for turn, most in zip(processes.turns(batch, self.parts), longest, strict=True))
 
     def learn(self, part: list[data.Ranked], counts: float, passes: int, prompts: int) -> dict[str, Tensor]:
         """Add the gradient of ``part`` of a batch of ``prompts`` to that of the weights; returns its statistics.
@@ -137,15 +143,15 @@ class RRHFTrainer:
         """
         answers = self.collate(part)
         with torch.set_grad_enabled(passes == 1):
-            found = self.read(part, answers, passes)
+            found = self.read(answers, passes)
         output, stats = self.loss(part, found if passes == 1 else found.requires_grad_(), answers.mask, prompts)
         stats = {name: counts * value for name, value in stats.items()}
         if passes == 1:
             self.accelerator.backward(counts * output.loss)
             return stats
         (slopes,) = torch.autograd.grad(counts * output.loss, found)
-        for rows, once in self.chunks(part, passes):
-            again = offline.logprobs(self.model, answers.select(rows), self.config.precision)
+        for rows, once in self.chunks(len(answers.ids), passes):
+            again = offline.logprobs(self.model, answers.select(rows), self.config)
             self.accelerator.backward((again * slopes[rows]).sum() * once)
         return stats
 
@@ -183,28 +189,27 @@ class RRHFTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, its two terms and ``eval_accuracy`` of the held-out prompts."""
-        batches = learning.split(self.eval_examples, self.config.batch_size)
-        turns = itertools.chain.from_iterable(map(self.turns, batches))
-        found = offline.summed(self.judge(*turn, len(self.eval_examples)) for turn in turns)
+        """``eval_loss``, its terms and ``eval_accuracy`` of the held-out prompts. Raises ``ValueError`` without any."""
+        examples = offline.held_out(self)
+        turns = itertools.chain.from_iterable(map(self.turns, learning.split(examples, self.config.batch_size)))
+        found = offline.summed(self.judge(*turn, len(examples)) for turn in turns)
         return {f"eval_{name}": value for name, value in with_accuracy(learning.numbers(found)).items()}
 
     def judge(self, part: list[data.Ranked], counts: float, passes: int, prompts: int) -> dict[str, Tensor]:
         """The statistics of ``part`` of ``prompts``, without a gradient."""
         answers = self.collate(part)
-        found = self.loss(part, self.read(part, answers, passes), answers.mask, prompts)[1]
+        found = self.loss(part, self.read(answers, passes), answers.mask, prompts)[1]
         return {name: counts * value for name, value in found.items()}
 
-    def read(self, part: list[data.Ranked], answers: offline.Answers, passes: int) -> Tensor:
-        """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time, by ``passes`` forward passes."""
-        chunks = self.chunks(part, passes)
-        found = [(offline.logprobs(self.model, answers.select(rows), self.config.precision), n) for rows, n in chunks]
+    def read(self, answers: offline.Answers, passes: int = 1) -> Tensor:
+        """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time, by at least ``passes`` forward passes."""
+        chunks = self.chunks(len(answers.ids), passes)
+        found = [(offline.logprobs(self.model, answers.select(rows), self.config), counts) for rows, counts in chunks]
         return torch.cat([rows for rows, counts in found if counts])
 
-    def chunks(self, part: list[data.Ranked], passes: int = 1) -> list[tuple[Tensor, float]]:
-        """The responses of ``part`` that go through the model together, with 1; up to ``passes`` more, with 0."""
-        rows = torch.arange(sum(len(example.answers) for example in part))
-        own = [(some, 1.0) for some in rows.split(self.config.micro_batch_size or len(rows))]
+    def chunks(self, responses: int, passes: int = 1) -> list[tuple[Tensor, float]]:
+        """The rows that go through the model together, with 1, and the first again, with 0, up to ``passes``."""
+        own = [(rows, 1.0) for rows in torch.arange(responses).split(self.config.micro_batch_size or responses)]
         return [*own, *[(own[0][0], 0.0)] * (passes - len(own))]
 
     def after(self, step: int, run: Run) -> dict[str, float]:

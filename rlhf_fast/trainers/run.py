@@ -34,7 +34,7 @@ class Run:
         warnings.jsonl      what trainers/watch.py found in them, if anything
         report.html         all of that as a page, also of a run that fails
         tensorboard/        the same numbers
-        samples.jsonl       responses written during PPO
+        samples.jsonl       responses written during PPO, GRPO or distillation
         margins.jsonl       a histogram per evaluation of a reward model
         checkpoints/step-N  the last ``keep`` of them, each complete: it is renamed into place when all is written
         (the files of the final model, as ``save_pretrained`` names them)
@@ -130,7 +130,7 @@ class Run:
                 lines.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
     def show_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append ``{prompt, response, score}`` records to samples.jsonl and print them as a table."""
+        """Append ``{prompt, response, score}`` records, a score maybe None, to samples.jsonl; print them as a table."""
         for sample in samples:
             self.append("samples.jsonl", step, sample)
         if self.quiet:
@@ -139,8 +139,8 @@ class Run:
         from rich.table import Table
 
         table = Table("prompt", "response", "score", title=f"step {step}", show_lines=True)
-        for sample in samples:
-            table.add_row(_short(sample["prompt"]), _short(sample["response"]), f"{sample['score']:.3f}")
+        for prompt, response, score in (map(s.get, ("prompt", "response", "score")) for s in samples):
+            table.add_row(_short(prompt), _short(response), "" if score is None else f"{score:.3f}")
         with self.bar.external_write_mode(file=sys.stderr):
             Console(stderr=True, markup=False, highlight=False).print(table)
 

@@ -1,10 +1,12 @@
-"""What a rollout earns: the reward's scores, scaled, less the penalties and the price of the KL."""
+"""What responses earn: the reward's scores, scaled, less the penalties and the price of the KL; their advantages."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast import ops
+from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.rewards import EnsembleReward, RunningMoments, ask, check_scores, overlong_penalty, shape_rewards
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.trainers import learning, processes
@@ -53,6 +55,23 @@ def said(
     if not isinstance(reward, EnsembleReward):
         return found, None
     return found, processes.joined(lambda: None if texts is None else reward.uncertainty).to(mask.device)
+
+
+def advantages(
+    scores: Tensor,  # [B], or [B, T]
+    mask: Tensor,  # [B, T], bool
+) -> Tensor:
+    """This process's share of the standardised scores, or, per token, of the sums of the rewards still to come."""
+    if scores.dim() == 1:
+        return processes.share(group_advantages(scores, torch.zeros_like(scores, dtype=torch.long)))
+    to_go, _ = ops.gae(scores, torch.zeros_like(scores), mask, gamma=1.0, lam=1.0)
+    return processes.share(whiten(to_go, mask))
+
+
+def statistics(scores: Tensor, mask: Tensor, uncertainty: Tensor | None) -> dict[str, Tensor]:
+    """The mean score of a response and, of an ensemble, the mean of what its members disagree by."""
+    sums = scores if scores.dim() == 1 else torch.where(mask, scores, 0).sum(1)
+    return {"scores": sums.mean()} | ({} if uncertainty is None else {"uncertainty": uncertainty.mean()})
 
 
 def token_rewards(scores: Tensor, rollout: Rollout, config: Any, kl_coef: float) -> Tensor:

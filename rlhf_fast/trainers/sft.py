@@ -78,9 +78,7 @@ class SFTTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
         self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
-        if self.config.packing:
-            packing.prefer_varlen(self.model, learning.home(self.accelerator), self.config.precision)
-            packing.check_packing(self.model)
+        self.attention = packing.prepare([self.model], learning.home(self.accelerator), self.config, rows=False)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
@@ -138,17 +136,17 @@ class SFTTrainer:
             return self.packed_loss(batch)
         sequences, masks = [example.ids for example in batch], [example.mask for example in batch]
         answers = offline.collate(sequences, masks, self.tokenizer.pad_token_id, self.accelerator.device)
-        return -offline.logprobs(self.model, answers, self.config.precision).sum()
+        return -offline.logprobs(self.model, answers, self.config).sum()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, the mean over the response tokens of the held-out data."""
-        tokens, size = offline.count(self.eval_examples), self.config.batch_size
+        """``eval_loss``, the mean over the response tokens of the held-out data. Raises ``ValueError`` without any."""
+        examples, size = offline.held_out(self), self.config.batch_size
 
         def cut(mine: list[data.Example]) -> list[list[Any]]:
             return [part for some in learning.split(mine, size) for part in self.parts(some)]
 
-        found = offline.summed(self.losses(self.eval_examples, tokens, cut))
+        found = offline.summed(self.losses(examples, offline.count(examples), cut))
         return {"eval_loss": found["loss"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

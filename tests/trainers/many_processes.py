@@ -74,7 +74,7 @@ def reward(folder, records=PAIRS, **numbers):
 
 
 def reward_rankings(folder):
-    return reward(folder, RANKED, ranking="plackett_luce", micro_batch_size=1)
+    return reward(folder, RANKED, ranking="plackett_luce", micro_batch_size=1, packing=True)
 
 
 def reward_steps(folder):
@@ -121,9 +121,13 @@ def offline(trainer, config, folder, records, model=None, **numbers):
     )  # fmt: skip
 
 
-def rrhf(folder):
+def rrhf(folder, **numbers):
     """A prompt of three responses goes through the model twice."""
-    return offline(rf.RRHFTrainer, rf.RRHFConfig, folder, RANKED, micro_batch_size=1)
+    return offline(rf.RRHFTrainer, rf.RRHFConfig, folder, RANKED, micro_batch_size=1, **numbers)
+
+
+def rrhf_packed(folder):
+    return rrhf(folder, packing=True)
 
 
 def dpo(folder):
@@ -131,9 +135,8 @@ def dpo(folder):
 
 
 def dpo_known(folder):
-    return offline(
-        rf.DPOTrainer, rf.DPOConfig, folder, PAIRS, micro_batch_size=1, precompute_reference=True, kind="ipo"
-    )
+    numbers = {"micro_batch_size": 1, "precompute_reference": True, "kind": "ipo", "packing": True}
+    return offline(rf.DPOTrainer, rf.DPOConfig, folder, PAIRS, **numbers)
 
 
 def distill(folder, said=None, given=None, **numbers):
@@ -162,14 +165,15 @@ def distill_own(folder):
         [length, lambda prompts, responses: [len(r) % 3 for r in responses]],
         {"prompts": PROMPTS, "eval_data": DEMOS[:1]},
         kind="reverse",
+        packing=True,
     )
 
 
 COMPARED = {
     f.__name__: f
     for f in (
-        sft, sft_packed, reward, reward_rankings, reward_steps, ppo, ppo_dense, grpo, grpo_tokens, rrhf, dpo, dpo_known,
-        distill, distill_tokens, distill_own,
+        sft, sft_packed, reward, reward_rankings, reward_steps, ppo, ppo_dense, grpo, grpo_tokens, rrhf,
+        rrhf_packed, dpo, dpo_known, distill, distill_tokens, distill_own,
     )
 }  # fmt: skip
 

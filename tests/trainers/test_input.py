@@ -56,6 +56,43 @@ def test_a_length_beyond_the_context(trainer, config, given):
 
 
 @pytest.mark.parametrize(("trainer", "given"), TRAINERS)
+def test_what_is_no_model_and_no_tokenizer(trainer, given):
+    with pytest.raises(TypeError, match="a model must be a path, a Hub id or a module, got int"):
+        trainer(3, tokenizer=TOKENIZER, **given)
+    with pytest.raises(TypeError, match="a tokenizer must be a path, a Hub id or one of transformers, got float"):
+        trainer(tiny_gpt2(TOKENIZER), tokenizer=0.5, **given)
+
+
+@pytest.mark.parametrize(("trainer", "given"), [t for t in TRAINERS if hasattr(t[0], "evaluate")])
+def test_an_evaluation_without_data(trainer, given):
+    with pytest.raises(ValueError, match="there is nothing to evaluate on: eval_data is absent"):
+        trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, **given).evaluate()
+
+
+def test_a_column_that_has_another_name_elsewhere():
+    for record in (
+        {"prompt": "the movie", "completion": " was good"},
+        {"prompt": "the", "completion": "a", "label": 1},
+    ):
+        trainer = rf.RewardTrainer if "label" in record else rf.SFTTrainer
+        with pytest.raises(ValueError, match='record 1: "response" is missing: rename "completion"'):
+            trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, data=[record])
+
+
+def test_a_student_with_nothing_to_learn():
+    trainer, given = TRAINERS[-2]
+    with pytest.raises(ValueError, match=r"DistillConfig\.alpha is 0 and there is no reward"):
+        trainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, config=rf.DistillConfig(alpha=0.0), **given)
+
+
+def test_a_reference_that_nobody_asks():
+    reference = tiny_gpt2(TOKENIZER)
+    with pytest.warns(UserWarning, match="the reference is not used: GRPOConfig.kl_coef is 0"):
+        trainer = rf.GRPOTrainer(tiny_gpt2(TOKENIZER), tokenizer=TOKENIZER, reference=reference, **PROMPTS)
+    assert trainer.reference is None
+
+
+@pytest.mark.parametrize(("trainer", "given"), TRAINERS)
 @pytest.mark.parametrize("absent", ["transformers", "accelerate", "rich"])
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, trainer, given, absent):
     from rlhf_fast import dispatch

@@ -1,5 +1,7 @@
 """Given answers as tensors, by hand; padding moves no number."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama
@@ -7,6 +9,7 @@ from tiny import tiny_gpt2, tiny_llama
 from rlhf_fast.trainers import offline
 
 CPU = torch.device("cpu")
+PADDED = SimpleNamespace(precision="fp32", packing=False)
 SEQUENCES = [[5, 6, 7, 8, 9], [4, 3], [8, 8, 8]]
 MASKS = [[False, False, True, False, True], [True, True], [False] * 3]
 
@@ -26,14 +29,14 @@ def test_collate_by_hand():
 def test_answers_without_a_token_that_counts():
     found = offline.collate([[1, 2], [3]], [[False, False], [True]], 0, CPU)
     assert found.mask.shape == (2, 0)
-    assert offline.logprobs(tiny_gpt2(), found, "fp32").shape == (2, 0)
+    assert offline.logprobs(tiny_gpt2(), found, PADDED).shape == (2, 0)
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
 @pytest.mark.parametrize("pad_id", [0, 7])
 def test_logprobs_are_those_of_each_sequence_alone(make, pad_id):
     model = make().double().eval()
-    found = offline.logprobs(model, offline.collate(SEQUENCES, MASKS, pad_id, CPU), "fp32")
+    found = offline.logprobs(model, offline.collate(SEQUENCES, MASKS, pad_id, CPU), PADDED)
     for row, ids, mask in zip(found, SEQUENCES, MASKS, strict=True):
         table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = [table[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i]]

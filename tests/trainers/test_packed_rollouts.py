@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 import rlhf_fast as rf
-from rlhf_fast.packing import ROUND, spots
+from rlhf_fast.packing import ROUND, prepare, spots
 from rlhf_fast.trainers import online
 
 TOKENIZER = tiny_tokenizer()
@@ -77,7 +77,9 @@ def test_where_the_tokens_go_by_hand(flat):
     predicting = got.packed.ids.flatten()[got.packed.at]
     assert got.spread(predicting).tolist() == [[2, 0], [0, 0], [7, 8]]
     assert got.spread(got.packed.targets).tolist() == [[3, 0], [0, 0], [8, 9]]
-    assert len(got.packed.targets) == (64 if flat else 3)  # a single row is rounded up, and what it predicts
+    assert got.gather(torch.tensor([[11, 0], [0, 0], [12, 13]])).tolist() == [11, 12, 13] + [0] * 61
+    assert got.gather(mask).tolist() == [True] * 3 + [False] * 61
+    assert len(got.packed.targets) == 64  # rounded up
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -107,4 +109,4 @@ def test_a_model_whose_sequences_see_each_other_is_refused(monkeypatch):
 
     monkeypatch.setattr(trainer.policy.transformer, "forward", leaking)
     with pytest.raises(ValueError, match="the sequences of GPT2LMHeadModel see each other when they are packed"):
-        online.prepare_packing([trainer.policy], torch.device("cpu"), rf.PPOConfig(packing=True))
+        prepare([trainer.policy], torch.device("cpu"), rf.PPOConfig(packing=True))

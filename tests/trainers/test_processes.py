@@ -19,7 +19,7 @@ from rlhf_fast.trainers import processes
 
 KINDS = (
     "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
-    "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
+    "rrhf_packed", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
 )  # fmt: skip
 RUNS = [(how, kind) for how in ("two", "sharded") for kind in KINDS]
 pytestmark = pytest.mark.skipif(
