@@ -26,6 +26,17 @@ def is_local(source: str | Path) -> bool:
     return looks or path.exists() or (len(path.parts) == 2 and path.parent.is_dir())
 
 
+def hub_answers() -> bool:
+    """Whether the Hub can be reached. Its own readers try for most of a minute, and only then look into their cache."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library this release of huggingface_hub uses
+        return False
+    return True
+
+
 @contextmanager
 def silent() -> Iterator[None]:
     """Neither progress bars nor warnings of transformers: a report of theirs would bury our sentence or our own bar."""
@@ -43,7 +54,7 @@ def silent() -> Iterator[None]:
 
 
 def read(reader: Any, source: str | Path, **options: Any) -> Any:
-    """``reader.from_pretrained(source)``, which stays off the network for a local ``source``.
+    """``reader.from_pretrained(source)``, which stays off the network for a local ``source``, or where there is none.
 
     Raises ``ValueError`` with the first line of what transformers says, after the name of ``source``.
     """
@@ -51,9 +62,10 @@ def read(reader: Any, source: str | Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     local = is_local(source)
+    here = local or not hub_answers()
     try:
-        with silent() if local else nullcontext():  # a download shows its progress
-            return reader.from_pretrained(str(Path(source).expanduser()), local_files_only=local, **options)
+        with silent() if here else nullcontext():  # a download shows its progress
+            return reader.from_pretrained(str(Path(source).expanduser()), local_files_only=here, **options)
     except (OSError, ValueError, KeyError, HfHubHTTPError, HFValidationError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     raise ValueError(f"{source} {'cannot be loaded' if local else 'is no folder here'}: {reason}")

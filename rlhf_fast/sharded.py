@@ -5,6 +5,7 @@ call a sharded model equally often and in the same order. Gradients are summed o
 """
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 WHOLE: dict[int, Any] = {}  # id of a model or optimizer → what ``collected`` has gathered of it
 SKELETON = "_skeleton"  # of a sharded model: the same on the meta device, unsharded
 RESHARD = "_reshard_after_forward"
+MODELS: Any = weakref.WeakSet()  # to which ``shard`` was applied
 
 
 def is_sharded(model: Any) -> bool:
@@ -35,6 +37,7 @@ def shard(model: nn.Module, parts: Sequence[nn.Module], mesh: Any, *, reshard_af
     memo = {id(tensor): _like(tensor, tensor.detach().to("meta")) for tensor in _tensors(model)}
     vars(model)[SKELETON] = copy.deepcopy(model, _kept(model) | memo)
     vars(model)[RESHARD] = reshard_after_forward
+    MODELS.add(model)
     for part in parts:
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
     for part in _parts(model):

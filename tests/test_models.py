@@ -1,5 +1,6 @@
 import json
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
 
-from rlhf_fast import models
+from rlhf_fast import models, pretrained
 from rlhf_fast.models import (
     context_length,
     frozen_copy,
@@ -341,12 +342,39 @@ def test_what_looks_like_a_path_never_reaches_the_network(shelf, monkeypatch):
         assert len(load_tokenizer(name)) == V
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_looks_like_a_hub_id_is_sought_on_the_hub_where_that_answers(monkeypatch, answers):
+    """Where it does not, its readers would try again and again: for 50 seconds for a folder that is misspelt."""
+    import huggingface_hub
+    from transformers import AutoConfig
+
+    asked = []
+
+    def head(url, timeout):
+        asked.append((url, timeout))
+        if not answers:
+            raise ConnectionError("Name or service not known")
+
+    def read(source, local_files_only):
+        asked.append((source, local_files_only))
+        raise OSError("nothing here")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    for name in ("gpt2", "none/sft"):
+        with pytest.raises(ValueError, match=f"^{name} is no folder here: nothing here$"):
+            load_policy(name)
+    hub = huggingface_hub.constants.ENDPOINT, huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+    assert asked == [hub, ("gpt2", not answers), hub, ("none/sft", not answers)]
+
+
 def test_a_hub_id_that_fails_is_one_sentence(monkeypatch):
     from transformers import AutoConfig
 
     def fail(*_, **__):
         raise OSError("\nnobody/nothing is not a local folder and no model of the Hub\nIf this is private, log in.")
 
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"^nobody/nothing is no folder here: nobody/nothing is not a local .* Hub$"):
         load_policy("nobody/nothing")

@@ -5,7 +5,7 @@ Hinton et al. 2015; on the student's own samples Agarwal et al. 2024, "GKD", and
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import chosen, option, validate
 from rlhf_fast.trainers.run import Run, check_folder
 
-#: This process's responses in parts for one forward pass each, their advantages and statistics of the whole batch.
 Answers = offline.Answers | Rollout
-Batch = tuple[Sequence[Answers], Tensor | None, dict[str, Tensor]]
+#: This process's turns of one forward pass each, the advantages of its responses and statistics of the whole batch.
+Batch = tuple[Iterable[tuple[Answers, float]], Tensor | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class DistillTrainer:
         check_folder(output_dir, run=True)
         if (data is None) == (prompts is None):
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         c = self.config = chosen(config, DistillConfig)
         if reward is None and not c.alpha:
             raise ValueError("DistillConfig.alpha is 0 and there is no reward: there would be nothing to learn")
@@ -129,10 +129,12 @@ class DistillTrainer:
             models.check_tokens(each, self.tokenizer, (example.ids for example in given))
         check_vocabulary(student, self.teacher, teacher, self.tokenizer)
         self.said = {} if self.own or reward is None else {r.place: texts(r, self.tokenizer) for r in records}
-        self.model = learning.trainable(student, self.device, c)
-        self.teacher = models.frozen_copy(self.teacher).to(self.device)
+        home = learning.home(self.accelerator)
+        self.model = learning.trainable(student, home, c)
+        self.teacher = models.frozen_copy(self.teacher).to(home)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
-        self.attention = packing.prepare([self.model, self.teacher], self.device, c)
+        self.attention = packing.prepare([self.model, self.teacher], home, c)
+        learning.shard(self.accelerator, [self.model, self.teacher])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = self.skipped = 0  # steps, those of the optimizer, batches without a reward
@@ -173,12 +175,12 @@ class DistillTrainer:
 
     def given(self, batch: list[data.Example]) -> Batch:
         """Given responses."""
-        mine = processes.share(batch)
-        parts = [self.collate(part) for part in learning.split(mine, self.config.micro_batch_size)]
+        turns = processes.turns(batch, lambda mine: learning.split(mine, self.config.micro_batch_size))
+        parts = [(self.collate(part), counts) for part, counts in turns]
         stats = {"tokens": torch.tensor(offline.count(batch))}
         if self.reward is None:
             return parts, None, stats
-        texts = None
+        mine, texts = processes.share(batch), None
         if mine:
             prompts, answers, columns = (list(x) for x in zip(*(self.said[e.place] for e in mine), strict=True))
             names = dict.fromkeys(name for record in columns for name in record)
@@ -192,8 +194,8 @@ class DistillTrainer:
         """Responses that the student writes to the prompts of ``batch``."""
         c = self.config
         rollout = online.write(self.model, batch, self.tokenizer, c, stop_ids=self.stop_ids, step=self.done)
-        mine = processes.share(torch.arange(len(batch)))
-        parts = [rollout.select(rows) for rows in mine.split(c.micro_batch_size or len(batch)) if len(rows)]
+        turns = processes.turns(torch.arange(len(batch)), lambda rows: learning.split(rows, c.micro_batch_size))
+        parts = [(rollout.select(rows), counts) for rows, counts in turns]
         stats = {"tokens": rollout.lengths.sum(), "ended": rollout.ended.float().mean()}
         stats["response_length"] = rollout.lengths.float().mean()
         scores = None if self.reward is None else scoring.raw(self.reward, rollout, c.precision)
@@ -203,13 +205,19 @@ class DistillTrainer:
         stats |= scoring.statistics(scores, rollout.mask, rollout.uncertainty)
         return parts, scoring.advantages(scores, rollout.mask), stats
 
-    def losses(self, parts: Sequence[Answers], advantages: Tensor | None, tokens: int) -> Iterator[dict[str, Tensor]]:
-        """The ``loss`` of each of ``parts``, this process's share, whose ``advantages`` are ``[b]`` or ``[b, T]``."""
+    def losses(
+        self, parts: Iterable[tuple[Answers, float]], advantages: Tensor | None, tokens: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """The ``loss`` of each of ``parts``; the ``advantages`` of those that count are ``[b]`` or ``[b, T]``."""
         first = 0
-        for part in parts:
-            gain = None if advantages is None else advantages[first : first + len(part.mask)]
-            yield self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, : part.mask.shape[1]], tokens)
-            first += len(part.mask)
+        for part, counts in parts:
+            size, width = part.mask.shape
+            gain = advantages if advantages is None or counts else advantages.new_zeros(first + size)
+            gain = gain if gain is None else gain[first : first + size]
+            stats = self.loss(part, gain if gain is None or gain.dim() == 1 else gain[:, :width], tokens)
+            # The divergence may be infinite, and 0 times that is not 0.
+            yield stats if counts else {"loss": 0 * stats["loss"], "divergence": torch.zeros_like(stats["divergence"])}
+            first += size
 
     def collate(self, part: list[data.Example]) -> offline.Answers:
         """The sequences of ``part`` on the model's device."""
@@ -240,8 +248,9 @@ class DistillTrainer:
     def evaluate(self) -> dict[str, float]:
         """``eval_divergence`` of the held-out responses, mean per token in nats. Raises ``ValueError`` without any."""
         examples, size = offline.held_out(self), self.config.micro_batch_size or self.config.batch_size
-        mine = learning.split(processes.share(examples), size)
-        found = offline.summed(self.loss(self.collate(part), None, offline.count(examples)) for part in mine)
+        turns = processes.turns(examples, lambda mine: learning.split(mine, size))
+        parts = ((self.collate(part), counts) for part, counts in turns)
+        found = offline.summed(self.losses(parts, None, offline.count(examples)))
         return {"eval_divergence": found["divergence"].item()}
 
     def after(self, step: int, run: Run) -> dict[str, float]:

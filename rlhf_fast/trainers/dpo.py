@@ -84,7 +84,7 @@ class DPOTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         c = self.config = chosen(config, DPOConfig)
         self.device, self.output_dir = self.accelerator.device, output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
@@ -98,18 +98,20 @@ class DPOTrainer:
         for each in (self.model, self.reference):
             answers = ((pair.chosen, pair.rejected) for pair in [*self.examples, *self.eval_examples])
             models.check_tokens(each, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(self.model, self.device, c)
+        home = learning.home(self.accelerator)
+        self.model = learning.trainable(self.model, home, c)
         freeze(self.model, c.share)
-        self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
-        if c.precompute_reference:
-            self._read_all(self.reference.to(self.device))
-            self.reference = None
-        else:
-            self.reference = models.frozen_copy(self.reference, shared_copy).to(self.device)
+        own = reference is None and c.precompute_reference  # which the policy as it is now can answer for
+        self.reference = None if own else models.frozen_copy(self.reference, shared_copy).to(home)
         if c.share == "lora":
             self.model = with_adapters(self.model, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
         readers = [m for m in (self.model, self.reference) if m is not None]
-        self.attention = packing.prepare(readers, self.device, c)
+        self.attention = packing.prepare(readers, home, c)
+        learning.shard(self.accelerator, [self.model, self.reference])
+        self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
+        if c.precompute_reference:
+            self._read_all(self.model if own else self.reference)
+            self.reference, self.attention = None, [a for a in self.attention if a.model is self.model]
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
@@ -121,20 +123,19 @@ class DPOTrainer:
     @torch.no_grad()
     def _read_all(self, reference: nn.Module) -> None:
         """Ask ``reference`` about every pair, neighbours of one length together."""
-        attention = packing.prepare([reference], self.device, self.config)
         pairs = sorted(
             [*self.examples, *self.eval_examples], key=lambda pair: max(len(pair.chosen), len(pair.rejected))
         )
         size = self.config.micro_batch_size or self.config.batch_size
 
         def said() -> list[list[float]]:
-            parts = learning.split(processes.share(pairs), size)
-            return [x for part in parts for x in self.logprobs(reference, self.collate(part)).double().T.tolist()]
+            found = []
+            for part, counts in processes.turns(pairs, lambda mine: learning.split(mine, size)):
+                read = self.logprobs(reference, self.collate(part)).double().T.tolist()
+                found += read if counts else []
+            return found
 
-        try:
-            every = itertools.chain.from_iterable(processes.gathered(said))
-        finally:
-            packing.put_back(attention)
+        every = itertools.chain.from_iterable(processes.gathered(said, calls=True))
         self.known = {id(pair): (first, second) for pair, (first, second) in zip(pairs, every, strict=True)}
 
     def train(self, *, resume: bool = False) -> dict[str, float]:
@@ -158,7 +159,8 @@ class DPOTrainer:
     def losses(self, pairs: list[data.Pair]) -> Iterator[dict[str, Tensor]]:
         """What ``pairs`` add to their mean loss and statistics, ``micro_batch_size`` of this process's at a time."""
         size = self.config.micro_batch_size or self.config.batch_size
-        return (self.loss(part, len(part) / len(pairs)) for part in learning.split(processes.share(pairs), size))
+        turns = processes.turns(pairs, lambda mine: learning.split(mine, size))
+        return (self.loss(part, counts * len(part) / len(pairs)) for part, counts in turns)
 
     def loss(self, part: list[data.Pair], share: float) -> dict[str, Tensor]:
         """What ``part``, the ``share`` of a batch, adds to its mean loss and statistics, 0-d each.

@@ -51,11 +51,12 @@ def accelerator(*, sharded: bool = False) -> Any:
 def _fsdp(accelerator: Any) -> Any:
     """Accelerate's FSDP plugin where there are several processes and it was set up for that, else None.
 
-    Accelerate itself looks at it on accelerators only, not on the CPU.
+    Accelerate itself looks at it on accelerators only, not on the CPU. Where there is none and nobody asked for the
+    CPU, it counts one process, and torch all that its launcher has started.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 
-    if accelerator.num_processes == 1:
+    if max(accelerator.num_processes, processes.count()) == 1:
         return None
     found = getattr(accelerator.state, "fsdp_plugin", None) if accelerator.distributed_type == "FSDP" else None
     asked = found is None and parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -81,7 +82,7 @@ def shard(accelerator: Any, models: Sequence[nn.Module | None]) -> None:
         return
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(accelerator.device.type, (processes.count(),))
     again = plugin.reshard_after_forward is not False
     for model in models:
         if model is not None:

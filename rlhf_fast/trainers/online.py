@@ -113,7 +113,7 @@ def fill(rollout: Rollout, size: int, names: Sequence[str], read: Callable[[Roll
                 getattr(rollout, name)[slice(rows[0], rows[-1] + 1), slice(some.mask.shape[1])] = getattr(some, name)
         return {name: processes.share(getattr(rollout, name)) for name in names}
 
-    parts = processes.gathered(part)
+    parts = processes.gathered(part, calls=True)
     for name in names if len(parts) > 1 else ():
         setattr(rollout, name, torch.cat([found[name] for found in parts]).to(rollout.mask.device))
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast import sharded
 from rlhf_fast.rewards import RewardError
 
 T = TypeVar("T")
@@ -35,8 +36,13 @@ def rank() -> int:
 
 def share(items: Any) -> Any:
     """The part of a list or tensor that is this process's: neighbours, and in all processes together all of them."""
-    n, i = count(), rank()
-    return items[len(items) * i // n : len(items) * (i + 1) // n]
+    return shares(items)[rank()]
+
+
+def shares(items: Any) -> list[Any]:
+    """The ``share`` of every process, in their order."""
+    n = count()
+    return [items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n)]
 
 
 def turns(items: Any, cut: Callable[[Any], Sequence[T]]) -> Iterator[tuple[T, float]]:
@@ -46,18 +52,18 @@ def turns(items: Any, cut: Callable[[Any], Sequence[T]]) -> Iterator[tuple[T, fl
     """
     own = cut(share(items))
     yield from ((part, 1.0) for part in own)
-    n = count()
-    if n == 1:
+    if count() == 1:
         return
-    shares = (items[len(items) * i // n : len(items) * (i + 1) // n] for i in range(n))
-    for _ in range(max(len(cut(mine)) for mine in shares) - len(own)):
+    for _ in range(max(len(cut(mine)) for mine in shares(items)) - len(own)):
         yield cut(items[:1])[0], 0.0
 
 
-def gathered(part: Callable[[], T]) -> list[T]:
+def gathered(part: Callable[[], T], *, calls: bool = False) -> list[T]:
     """What ``part`` returns in each process, in their order; tensors on the CPU, unless there is one process only.
 
-    An error in one of them is raised in all: none waits for another that is gone.
+    An error in one of them is raised in all: none waits for another that is gone. With ``calls``, where ``part`` calls
+    models that are sharded, the others cannot be told, for they are in the middle of them: there it is a
+    ``RuntimeError`` here, and theirs comes when this process ends.
     """
     if count() == 1:
         return [part()]
@@ -66,6 +72,8 @@ def gathered(part: Callable[[], T]) -> list[T]:
         found = part()
         said = (_on_cpu(found), None)
     except Exception as error:
+        if calls and sharded.MODELS:
+            raise RuntimeError(f"process {rank()}: {_text(error)}") from error
         failed = error
         said = (None, (next((i for i, kind in enumerate(KINDS) if isinstance(error, kind)), None), _text(error)))
     every: list[Any] = [None] * count()
@@ -92,9 +100,12 @@ def joined(part: Callable[[], Tensor | None]) -> Tensor:
 
 
 def summed(part: Callable[[], dict[str, Tensor]], *, largest: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The sum over the processes of the 0-d tensors that ``part`` returns, the maximum of those named ``largest``."""
+    """The sum over the processes of the 0-d tensors that ``part`` returns, the maximum of those named ``largest``.
+
+    ``part`` calls models (``gathered``).
+    """
     total: dict[str, Tensor] = {}
-    for found in gathered(part):
+    for found in gathered(part, calls=True):
         for name, value in found.items():
             merge = torch.maximum if name in largest else torch.add
             total[name] = merge(total[name], value) if name in total else value

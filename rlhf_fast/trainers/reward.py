@@ -175,7 +175,7 @@ class RewardTrainer:
                     found.append(seen(judged, scores.detach()) | {"loss": loss.detach()[None]})
             return merged(found)
 
-        return merged(processes.gathered(part))
+        return merged(processes.gathered(part, calls=True))
 
     def scores(self, examples: list[Any], judged: Judged) -> Tensor:
         """``[B, K]`` scores of ``examples``, collated, from one forward pass over all sequences."""

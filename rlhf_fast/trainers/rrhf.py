@@ -74,7 +74,7 @@ class RRHFTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator()
+        self.accelerator = learning.accelerator(sharded=True)
         self.config, self.output_dir = chosen(config, RRHFConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -84,8 +84,10 @@ class RRHFTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         answers = (example.answers for example in [*self.examples, *self.eval_examples])
         models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
-        self.model = learning.trainable(policy, self.accelerator.device, self.config)
-        self.attention = packing.prepare([self.model], self.accelerator.device, self.config)
+        home = learning.home(self.accelerator)
+        self.model = learning.trainable(policy, home, self.config)
+        self.attention = packing.prepare([self.model], home, self.config)
+        learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
         self.done = self.updates = 0
@@ -110,39 +112,47 @@ class RRHFTrainer:
 
     def step(self, batch: list[data.Ranked]) -> dict[str, float]:
         """One optimizer step on the mean loss of the prompts of ``batch``; returns its statistics."""
-        found = offline.summed(self.learn(part, len(batch)) for part in self.parts(batch))
+        found = offline.summed(self.learn(*turn, len(batch)) for turn in self.turns(batch))
         return with_accuracy(offline.update(self, found))
 
-    def parts(self, batch: list[data.Ranked]) -> Iterator[list[data.Ranked]]:
-        """This process's of ``batch``, at most ``micro_batch_size`` responses at a time; a prompt with more alone."""
-        part: list[data.Ranked] = []
-        for example in processes.share(batch):
-            responses = sum(len(e.answers) for e in [*part, example])
-            if part and responses > (self.config.micro_batch_size or responses):
-                yield part
-                part = []
-            part.append(example)
-        if part:
-            yield part
+    def parts(self, mine: list[data.Ranked]) -> list[list[data.Ranked]]:
+        """``mine``, at most ``micro_batch_size`` responses at a time; a prompt with more alone."""
+        found: list[list[data.Ranked]] = []
+        for example in mine:
+            responses = sum(len(e.answers) for e in [*(found[-1] if found else []), example])
+            if not found or responses > (self.config.micro_batch_size or responses):
+                found.append([])
+            found[-1].append(example)
+        return found
 
-    def learn(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
+    def turns(self, batch: list[data.Ranked]) -> Iterator[tuple[list[data.Ranked], float, int]]:
+        """``processes.turns`` of ``batch``, each with the most forward passes that a process needs for its own part."""
+
+        def passes(part: list[data.Ranked]) -> int:
+            return len(self.chunks(sum(len(example.answers) for example in part)))
+
+        every = [[passes(part) for part in self.parts(mine)] for mine in processes.shares(batch)]
+        longest = map(max, itertools.zip_longest(*every, fillvalue=passes(batch[:1])))
+        return ((*turn, most) for turn, most in zip(processes.turns(batch, self.parts), longest, strict=True))
+
+    def learn(self, part: list[data.Ranked], counts: float, passes: int, prompts: int) -> dict[str, Tensor]:
         """Add the gradient of ``part`` of a batch of ``prompts`` to that of the weights; returns its statistics.
 
         The ranking couples the responses of a prompt. Where they do not fit in one forward pass, the first one
         finds the gradient of every logprob, and the second carries it, some responses at a time, to the weights.
         """
         answers = self.collate(part)
-        chunks = self.chunks(answers)
-        with torch.set_grad_enabled(len(chunks) == 1):
-            found = self.read(answers)
-        output, stats = self.loss(part, found if len(chunks) == 1 else found.requires_grad_(), answers.mask, prompts)
-        if len(chunks) == 1:
-            self.accelerator.backward(output.loss)
+        with torch.set_grad_enabled(passes == 1):
+            found = self.read(answers, passes)
+        output, stats = self.loss(part, found if passes == 1 else found.requires_grad_(), answers.mask, prompts)
+        stats = {name: counts * value for name, value in stats.items()}
+        if passes == 1:
+            self.accelerator.backward(counts * output.loss)
             return stats
-        (slopes,) = torch.autograd.grad(output.loss, found)
-        for rows in chunks:
+        (slopes,) = torch.autograd.grad(counts * output.loss, found)
+        for rows, once in self.chunks(len(answers.ids), passes):
             again = offline.logprobs(self.model, answers.select(rows), self.config)
-            self.accelerator.backward((again * slopes[rows]).sum())
+            self.accelerator.backward((again * slopes[rows]).sum() * once)
         return stats
 
     def collate(self, part: list[data.Ranked]) -> offline.Answers:
@@ -181,23 +191,26 @@ class RRHFTrainer:
     def evaluate(self) -> dict[str, float]:
         """``eval_loss``, its terms and ``eval_accuracy`` of the held-out prompts. Raises ``ValueError`` without any."""
         examples = offline.held_out(self)
-        parts = itertools.chain.from_iterable(map(self.parts, learning.split(examples, self.config.batch_size)))
-        found = offline.summed(self.judge(part, len(examples)) for part in parts)
+        turns = itertools.chain.from_iterable(map(self.turns, learning.split(examples, self.config.batch_size)))
+        found = offline.summed(self.judge(*turn, len(examples)) for turn in turns)
         return {f"eval_{name}": value for name, value in with_accuracy(learning.numbers(found)).items()}
 
-    def judge(self, part: list[data.Ranked], prompts: int) -> dict[str, Tensor]:
+    def judge(self, part: list[data.Ranked], counts: float, passes: int, prompts: int) -> dict[str, Tensor]:
         """The statistics of ``part`` of ``prompts``, without a gradient."""
         answers = self.collate(part)
-        return self.loss(part, self.read(answers), answers.mask, prompts)[1]
+        found = self.loss(part, self.read(answers, passes), answers.mask, prompts)[1]
+        return {name: counts * value for name, value in found.items()}
 
-    def read(self, answers: offline.Answers) -> Tensor:
-        """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time."""
-        chunks = self.chunks(answers)
-        return torch.cat([offline.logprobs(self.model, answers.select(rows), self.config) for rows in chunks])
+    def read(self, answers: offline.Answers, passes: int = 1) -> Tensor:
+        """``[N, T]`` logprobs, ``micro_batch_size`` responses at a time, by at least ``passes`` forward passes."""
+        chunks = self.chunks(len(answers.ids), passes)
+        found = [(offline.logprobs(self.model, answers.select(rows), self.config), counts) for rows, counts in chunks]
+        return torch.cat([rows for rows, counts in found if counts])
 
-    def chunks(self, answers: offline.Answers) -> tuple[Tensor, ...]:
-        """The rows of ``answers`` that go through the model together."""
-        return torch.arange(len(answers.ids)).split(self.config.micro_batch_size or len(answers.ids))
+    def chunks(self, responses: int, passes: int = 1) -> list[tuple[Tensor, float]]:
+        """The rows that go through the model together, with 1, and the first again, with 0, up to ``passes``."""
+        own = [(rows, 1.0) for rows in torch.arange(responses).split(self.config.micro_batch_size or responses)]
+        return [*own, *[(own[0][0], 0.0)] * (passes - len(own))]
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Evaluate where it is due."""

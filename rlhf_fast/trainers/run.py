@@ -1,7 +1,6 @@
 """A run: the folder that holds its figures, checkpoints and result, and its random streams."""
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -18,29 +17,11 @@ import numpy as np
 import torch
 
 from rlhf_fast.trainers import checkpoint, processes
+from rlhf_fast.trainers.folder import RECORD as RECORD
+from rlhf_fast.trainers.folder import check_folder as check_folder
+from rlhf_fast.trainers.folder import claim
 from rlhf_fast.trainers.lines import cut
 from rlhf_fast.trainers.page import write_page
-
-RECORD = "run.json"
-#: Fields that change no number of a run, or only its rounding: they may change when it is resumed.
-FREE = ("quiet", "keep", "save_every", "sample_every", "eval_every", "micro_batch_size", "gradient_checkpointing",
-        "packing")  # fmt: skip
-
-
-def check_folder(folder: str | Path | None, *, run: bool = False) -> None:
-    """Raise ``ValueError`` if ``folder`` holds anything, ``OSError`` if it cannot be a folder.
-
-    With ``run`` a run that is there already is no reason.
-    """
-    if folder is None or not Path(folder).exists():
-        return
-    if not Path(folder).is_dir():
-        raise NotADirectoryError(f"{folder} is a file, not a folder to write a run into")
-    held = sorted(entry.name for entry in Path(folder).iterdir())
-    if RECORD in held and not run:
-        raise ValueError(f"{folder} already holds a run ({RECORD}): choose another output_dir or remove it")
-    if held and RECORD not in held:
-        raise ValueError(f"{folder} is not empty (it holds {held[0]}): choose another output_dir")
 
 
 class Run:
@@ -76,15 +57,10 @@ class Run:
         """
         found = None
         if self.folder is not None:
-            check_folder(self.folder, run=resume)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            there = resume and (self.folder / RECORD).exists()
-            if there:
-                self._check_record()
-            else:
-                self._write_record()
-            self._lock()
-            found = self._newest() if there else None
+            record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
+            record["processes"] = processes.count()
+            self.lock, going_on = claim(self.folder, record, resume=resume)
+            found = self._newest() if going_on else None
             self._open_figures(_step(found) if found else 0)
         from tqdm import tqdm
 
@@ -96,31 +72,6 @@ class Run:
         self.start = time.monotonic() - self.before
         return found
 
-    def _write_record(self) -> None:
-        assert self.folder is not None
-        record = {"trainer": self.kind, "config": dataclasses.asdict(self.config), "versions": versions()}
-        record["processes"] = processes.count()
-        try:
-            with open(self.folder / RECORD, "x") as file:  # of two runs that start together one gets the folder
-                file.write(json.dumps(record, indent=2) + "\n")
-        except FileExistsError:
-            check_folder(self.folder)
-
-    def _check_record(self) -> None:
-        """Raise ``ValueError`` unless the run in the folder is this one, and unfinished."""
-        assert self.folder is not None
-        record = json.loads((self.folder / RECORD).read_text())
-        if record["trainer"] != self.kind:
-            raise ValueError(f"{self.folder} holds a run of {record['trainer']}, which {self.kind} cannot resume")
-        if "finished" in record:
-            raise ValueError(f"{self.folder} holds a run that is finished, its model included: nothing to resume")
-        config, kept = dataclasses.asdict(self.config), record["config"]
-        for name in (n for n in kept if n in config and n not in FREE and kept[n] != config[n]):
-            raise ValueError(
-                f"{self.folder} holds a run with {name}={kept[name]!r}, and {config[name]!r} would not be that run: "
-                "resume it as it was"
-            )
-
     def _newest(self) -> Path | None:
         """The newest checkpoint that is whole; the others are named in a warning."""
         assert self.folder is not None
@@ -130,16 +81,6 @@ class Run:
             if path not in whole:
                 warnings.warn(f"{path} is half-written and ignored", stacklevel=2)
         return whole[-1] if whole else None
-
-    def _lock(self) -> None:
-        """Keep other processes out of the folder for as long as this one lives."""
-        assert self.folder is not None
-        self.lock = open(self.folder / RECORD)  # noqa: SIM115 (it lives as long as the run)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            raise ValueError(f"{self.folder} holds a run that is under way") from None
 
     def _open_figures(self, step: int) -> None:
         """Open the figures for what comes after ``step``; what a killed run wrote beyond it is dropped."""

@@ -6,6 +6,7 @@ Without RANK in its environment this is the one process, with it one of two, as 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ torch.set_num_threads(1)
 from tiny import tiny_llama, tiny_tokenizer  # noqa: E402
 
 import rlhf_fast as rf  # noqa: E402
-from rlhf_fast import models  # noqa: E402
+from rlhf_fast import models, sharded  # noqa: E402
 from rlhf_fast.trainers import processes  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
@@ -219,6 +220,24 @@ def stopped_and_resumed(root: Path) -> None:
     report(root, "resumed", [same, resumed.done])
 
 
+def offline_resumed(root: Path) -> None:
+    """The runs of ``COMPARED`` once more from their middle, by a new start."""
+    for name in ("rrhf", "dpo", "dpo_known", "distill_tokens"):
+        again = root / f"{name}.again"
+        if not processes.rank():
+            shutil.copytree(root / name, again)
+            shutil.rmtree(again / "checkpoints" / "step-4")
+            record = json.loads((again / "run.json").read_text())
+            del record["finished"]
+            (again / "run.json").write_text(json.dumps(record))
+        torch.distributed.barrier()
+        trainer = COMPARED[name](again)
+        trainer.train(resume=True)
+        end = torch.load(root / f"{name}.{processes.rank()}.pt")
+        same = all(torch.equal(end[key], value) for key, value in state_of(trainer).items())
+        report(root, f"{name}.resumed", [same, trainer.updates])
+
+
 def seed():
     for each in (random.seed, np.random.seed, torch.manual_seed):
         each(processes.rank())
@@ -241,6 +260,21 @@ def failing(root: Path) -> None:
     differing = tiny_llama(seed=processes.rank())
     first = rf.SFTTrainer(differing, data=DEMOS, config=rf.SFTConfig(**NUMBERS), tokenizer=TOKENIZER).model
     report(root, "same weights", float(sum(w.double().sum() for w in full(first.state_dict()).values())))
+    short = sft(root / "short")
+    loss = short.loss
+
+    def no_room(part):
+        if short.done == 2 and processes.rank():
+            raise MemoryError("no room")
+        return loss(part)
+
+    short.loss = no_room
+    try:
+        short.train()
+    except Exception as error:
+        report(root, "short", [type(error).__name__, str(error), short.done])
+        if sharded.is_sharded(short.model):
+            os._exit(3 * processes.rank())  # as the launcher lets the others know
     dying = sft(root / "dying")
     step = dying.step
     dying.step = lambda batch: os._exit(3) if dying.done == 2 and processes.rank() else step(batch)
@@ -255,11 +289,13 @@ def report(root: Path, name: str, what) -> None:
 
 
 def parts(root: Path) -> None:
-    """How many numbers this process holds, and how many there are: of three models and of the optimizer's moments."""
-    trainer = online("ppo", None, batch_size=4, steps=1)
-    trainer.train()
-    kept = [v for state in trainer.optimizer.state_dict()["state"].values() for v in state.values() if v.dim()]
-    groups = [[*m.parameters()] for m in (trainer.policy, trainer.reference, trainer.critic)] + [kept]
+    """How many numbers this process holds, and how many there are: of all models and of their optimizers' moments."""
+    groups = []
+    for trainer in (online("ppo", None, batch_size=4, steps=1), rrhf(None), dpo(None), distill(None)):
+        next(map(trainer.step, trainer.batches()))
+        kept = [v for state in trainer.optimizer.state_dict()["state"].values() for v in state.values() if v.dim()]
+        models_of = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
+        groups += [[*m.parameters()] for m in models_of] + [kept]
     held = [[w.to_local() if hasattr(w, "to_local") else w for w in group] for group in groups]
     report(
         root, "parts",
@@ -271,8 +307,6 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     root.mkdir(exist_ok=True)
     for name, make in COMPARED.items():
-        if os.environ.get("ACCELERATE_USE_FSDP") and name.startswith(("rrhf", "dpo", "distill")):
-            continue  # these hold whole models
         trainer = make(root / name)
         torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
         last = trainer.train()
@@ -281,5 +315,6 @@ if __name__ == "__main__":
     if processes.count() > 1:
         parts(root)
         stopped_and_resumed(root)
+        offline_resumed(root)
         failing(root)
         os._exit(0)  # the other one is dead: there is nobody to say goodbye to

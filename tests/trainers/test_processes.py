@@ -17,10 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf_fast.trainers import processes
 
-SHARDED = "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens"
-# These trainers are refused under FSDP2.
-WHOLE = "rrhf", "rrhf_packed", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own"
-RUNS = [("two", kind) for kind in SHARDED + WHOLE] + [("sharded", kind) for kind in SHARDED]
+KINDS = (
+    "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
+    "rrhf_packed", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
+)  # fmt: skip
+RUNS = [(how, kind) for how in ("two", "sharded") for kind in KINDS]
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch without gloo: runs where it is built in"
 )
@@ -52,7 +53,7 @@ def runs(tmp_path_factory):
             command = [sys.executable, str(script), str(root / name.split()[0])]
             started[name] = subprocess.Popen(command, env=variables, stdout=said, stderr=said)
     try:
-        status = {name: process.wait(timeout=180) for name, process in started.items()}
+        status = {name: process.wait(timeout=300) for name, process in started.items()}
     finally:
         for process in started.values():
             process.kill()
@@ -105,8 +106,10 @@ def test_the_model_on_the_disk_is_that_of_one_process(runs, kind, how):
 
 
 def test_a_process_holds_its_part_alone(runs):
-    """Of every weight of policy, reference and critic, and of what the optimizer keeps."""
-    for parts in zip(*said(runs, "parts", "sharded"), strict=True):
+    """Of every weight of policy, reference, critic, student and teacher, and of what the optimizers keep."""
+    held = list(zip(*said(runs, "parts", "sharded"), strict=True))
+    assert len(held) == (3 + 1) + (1 + 1) + (2 + 1) + (2 + 1)  # PPO, RRHF, DPO and distillation with their moments
+    for parts in held:
         assert sum(part for part, _ in parts) == parts[0][1]
         assert max(part for part, _ in parts) <= 0.52 * parts[0][1]  # a scalar head is whole in one of them
 
@@ -146,6 +149,12 @@ def test_resumed_they_end_with_the_bits_of_a_run_that_never_stopped(runs, how):
 
 
 @pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("kind", ["rrhf", "dpo", "dpo_known", "distill_tokens"])
+def test_offline_trainers_go_on_to_the_bits(runs, kind, how):
+    assert said(runs, f"{kind}.resumed", how) == [[True, 4]] * 2
+
+
+@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
 def test_an_error_in_one_process_is_raised_in_all(runs, how):
     first, second = said(runs, "failing", how)
     assert first[0] == second[0] == "ValueError"
@@ -165,27 +174,64 @@ def test_all_start_from_the_weights_of_the_first(runs, how):
     assert first == second
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
-def test_the_others_notice_when_one_dies(runs, how):
-    assert json.loads((runs / how / "dying.0.json").read_text()) == ["RuntimeError", 2]
+def test_no_memory_in_one_process_is_told_to_all(runs):
+    first, second = said(runs, "short", "two")
+    assert first == ["RuntimeError", "process 1: MemoryError: no room", 2]
+    assert second == ["MemoryError", "no room", 2]
 
 
-def test_accelerate_launches_the_command_line(tmp_path):
+@pytest.mark.parametrize("how", ["sharded"], indirect=True)
+def test_no_memory_in_one_process_that_shards_ends_it_and_the_others_notice(runs, how):
+    first, second = said(runs, "short", how)
+    assert second == ["RuntimeError", "process 1: MemoryError: no room", 2]
+    assert [first[0], first[2]] == ["RuntimeError", 2]
+
+
+def test_the_others_notice_when_one_dies(runs):
+    assert json.loads((runs / "two" / "dying.0.json").read_text()) == ["RuntimeError", 2]
+
+
+JUDGE = """
+import gc, os
+from torch.distributed.fsdp import FSDPModule
+
+def judge(prompts, responses):
+    with open("parts." + os.environ["RANK"], "a") as file:
+        print(sum(isinstance(found, FSDPModule) for found in gc.get_objects()), file=file)
+    return [len(response) / 10 for response in responses]
+"""
+SFT = "sft --data data.jsonl --batch_size 3 --epochs 2"  # of one text: in one process there is nothing to do
+PPO = "ppo --reward judge.py:judge --prompts data.jsonl --steps 2 --batch_size 2 --minibatch_size 2 --max_new_tokens 4"
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "parts"),
+    [
+        ("--multi_gpu", SFT, None),
+        # Of policy, reference and critic two layers each and the rest, and the head.
+        ("--use_fsdp --fsdp_version 2", PPO, 3 + 3 + 4),
+    ],
+    ids=["data parallel", "FSDP2"],
+)
+def test_accelerate_launches_the_command_line(tmp_path, options, command, parts):
     tokenizer = tiny_tokenizer()
     tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text('{"text": "the movie was good"}\n' * 3)
-    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port {free_port()}"
-    command = "-m rlhf_fast.cli sft --model model --data data.jsonl --output_dir run --batch_size 3 --epochs 2"
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt" if parts else "text": "the movie was good"}) + "\n")
+    (tmp_path / "judge.py").write_text(JUDGE)
+    launch = f"-m accelerate.commands.launch {options} --num_processes 2 --main_process_port {free_port()}"
+    command = f"-m rlhf_fast.cli {command} --model model --output_dir run"
     done = subprocess.run(
         [sys.executable, *launch.split(), *command.split()], cwd=tmp_path, env=environment(), capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     assert len(figures(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert done.stderr.count("the model is in run") == 1
+    if parts:
+        assert [(tmp_path / f"parts.{rank}").read_text() for rank in range(2)] == [f"{parts}\n" * 2] * 2
 
 
 def test_one_process_has_everything():

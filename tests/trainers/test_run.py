@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlhf_fast.trainers import drive as drive_module
+from rlhf_fast.trainers import folder as folder_module
 from rlhf_fast.trainers import learning
-from rlhf_fast.trainers import run as run_module
 from rlhf_fast.trainers.drive import drive
 from rlhf_fast.trainers.options import option, validate
 from rlhf_fast.trainers.run import Run, check_folder, epochs, stream
@@ -227,11 +227,56 @@ def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, monkeypat
     first.open(1)
     before = (tmp_path / "run/run.json").read_text()
     looks = iter([lambda folder, **how: None])  # the second one looked before the first one wrote
-    monkeypatch.setattr(run_module, "check_folder", lambda folder, **how: next(looks, check_folder)(folder, **how))
-    with pytest.raises(ValueError, match="already holds a run"):
+    monkeypatch.setattr(folder_module, "check_folder", lambda folder, **how: next(looks, check_folder)(folder, **how))
+    with pytest.raises(ValueError, match="holds a run that is under way"):
         second.open(1)
     assert (tmp_path / "run/run.json").read_text() == before
     first.close()
+
+
+def test_a_run_that_failed_in_its_first_step_leaves_the_folder_free(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(FloatingPointError):
+        start(folder, Counter(3, {1: nan}))
+    left = {entry.name for entry in folder.iterdir()}
+    assert left == {"run.json", "metrics.jsonl", "report.html", "tensorboard"}
+    run = Run("test", folder, Config(rate=0.25), keep=2, quiet=True)  # another config, as one may try after a failure
+    drive(Counter(3), run, total=3, save_every=2, live=())
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["config"]["rate"], record["finished"]) == (0.25, True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_in_its_first_step_keeps_others_out(tmp_path, resume):
+    folder = tmp_path / "run"
+
+    def second(_):
+        with pytest.raises(ValueError, match="run holds a run that is under way"):
+            Run("test", folder, Config(), keep=1, quiet=True).open(1, resume=resume)
+        if not resume:
+            with pytest.raises(ValueError, match="run holds a run that is under way"):
+                check_folder(folder)
+
+    assert start(folder, Counter(2, {1: second}))["loss"] == 0.5
+
+
+@pytest.mark.parametrize("more", ["notes.txt", "checkpoints", "samples.jsonl", "data"])
+def test_a_run_that_left_more_is_not_overwritten(tmp_path, more):
+    with pytest.raises(FloatingPointError):
+        start(tmp_path, Counter(3, {1: nan}))
+    (tmp_path / more).mkdir()
+    for attempt in (check_folder, lambda folder: start(folder, Counter(1))):
+        with pytest.raises(
+            ValueError, match=r"already holds a run \(run.json\): choose another output_dir or remove it"
+        ):
+            attempt(tmp_path)
+
+
+def test_a_run_killed_while_it_wrote_its_record_leaves_the_folder_free(tmp_path):
+    (tmp_path / "run.json").write_text('{"trainer": "te')
+    start(tmp_path, Counter(1))
+    assert json.loads((tmp_path / "run.json").read_text())["trainer"] == "test"
 
 
 def test_epochs_visit_every_example_once_in_an_order_of_their_own():
@@ -334,3 +379,19 @@ def test_fsdp_other_than_the_trainers_own_is_refused(monkeypatch, version, offlo
     plugin.fsdp_version, plugin.cpu_offload = 2, None
     assert learning.accelerator(sharded=True) is found
     assert learning.home(found).type == "cpu"
+
+
+def test_fsdp_is_seen_where_accelerate_counts_one_process(monkeypatch):
+    """It does so without a GPU where nobody has asked for the CPU, and torch has connected all of them."""
+    import accelerate
+
+    found = SimpleNamespace(
+        distributed_type="NO", num_processes=1, gradient_accumulation_steps=1, mixed_precision="no",
+        state=SimpleNamespace(fsdp_plugin=None),
+    )  # fmt: skip
+    monkeypatch.setattr(accelerate, "Accelerator", lambda: found)
+    monkeypatch.setattr(learning.processes, "count", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version 2"):
+        learning.accelerator(sharded=True)
