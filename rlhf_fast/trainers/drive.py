@@ -94,7 +94,7 @@ def save(trainer: Any, run: Run, done: int) -> None:
 def _collected(trainer: Any) -> AbstractContextManager[None]:
     """Gather the sharded models that ``trainer`` teaches, and what its optimizer keeps, in the first process."""
     models = [m for m in vars(trainer).values() if sharded.is_sharded(m)]
-    if not models or trainer.output_dir is None:
+    if trainer.output_dir is None:
         return nullcontext()
     return sharded.collected([m for m in models if any(p.requires_grad for p in m.parameters())], trainer.optimizer)
 

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 from tiny import tiny_llama, tiny_tokenizer  # noqa: E402
 
 import rlhf_fast as rf  # noqa: E402
-from rlhf_fast import models  # noqa: E402
+from rlhf_fast import models, zero  # noqa: E402
 from rlhf_fast.trainers import processes  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
@@ -174,18 +174,14 @@ COMPARED = {
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
-    names = ("model", "policy", "critic")
-    return {
-        f"{name}.{key}": value
-        for name in names
-        if hasattr(trainer, name)
-        for key, value in full(models.unwrap(getattr(trainer, name)).state_dict()).items()
-    }
+    held = {name: getattr(trainer, name) for name in ("model", "policy", "critic") if hasattr(trainer, name)}
+    return {f"{name}.{key}": value for name, model in held.items() for key, value in full(models.unwrap(model)).items()}
 
 
-def full(weights):
-    """A copy, and of sharded weights all parts."""
-    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for n, w in weights.items()}
+def full(model):
+    """A copy of its weights, and of sharded ones all parts."""
+    with zero.gathered([*model.parameters()]):
+        return {n: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for n, w in model.state_dict().items()}
 
 
 def stopped_and_resumed(root: Path) -> None:
@@ -236,7 +232,7 @@ def failing(root: Path) -> None:
     report(root, "skipping", skipping.train())
     differing = tiny_llama(seed=processes.rank())
     first = rf.SFTTrainer(differing, data=DEMOS, config=rf.SFTConfig(**NUMBERS), tokenizer=TOKENIZER).model
-    report(root, "same weights", float(sum(w.double().sum() for w in full(first.state_dict()).values())))
+    report(root, "same weights", float(sum(w.double().sum() for w in full(first).values())))
     dying = sft(root / "dying")
     step = dying.step
     dying.step = lambda batch: os._exit(3) if dying.done == 2 and processes.rank() else step(batch)
