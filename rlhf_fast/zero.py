@@ -40,7 +40,9 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
     """The config for DeepSpeed's engine out of the one that a user gave. Raises ``ValueError`` for what is not done."""
     section = given.get("zero_optimization", {})
     if section.get("stage") not in (1, 2, 3):
-        raise ValueError(f"the trainers run ZeRO in stage 1, 2 or 3, and DeepSpeed was set up for {section.get('stage')}")
+        raise ValueError(
+            f"the trainers run ZeRO in stage 1, 2 or 3, and DeepSpeed was set up for {section.get('stage')}"
+        )
     for name in ("offload_optimizer", "offload_param"):
         device = str((section.get(name) or {}).get("device") or "none")
         if device != "none":
@@ -53,7 +55,9 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
         if name == "gradient_accumulation_steps" and value in (1, "auto"):
             continue
         if name not in IGNORED and _says_something(value):
-            raise ValueError(f"the config of the trainer rules, not DeepSpeed's: leave {name} out there (docs/scale.md)")
+            raise ValueError(
+                f"the config of the trainer rules, not DeepSpeed's: leave {name} out there (docs/scale.md)"
+            )
     taken = {name: section[name] for name in TAKEN if name in section and section[name] != "auto"}
     # A small weight that stays gathered would be dropped at its first use: modules are called in no fixed order.
     persistence = {"stage3_param_persistence_threshold": 0} if taken["stage"] == 3 else {}
@@ -126,7 +130,9 @@ class ZeroAdamW(torch.optim.AdamW):
         models = nn.ModuleList(plan.models if self.stage == 3 else learning)
         self.engine = deepspeed.initialize(model=models, optimizer=inner, config=plan.config)[0]
         self.zero = self.engine.optimizer
-        self.flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        self.flat = (
+            self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        )
         for own in self.flat:
             step = torch.zeros((), dtype=torch.float32, device=own.device)
             inner.state[own] = {"step": step} | {name: torch.zeros_like(own) for name in MOMENTS}

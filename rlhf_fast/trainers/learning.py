@@ -35,7 +35,9 @@ def accelerator(*, sharded: bool = False) -> Any:
     found = Accelerator()
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
     if kind not in DISTRIBUTED:
-        raise ValueError(f"the trainers run data parallel, under FSDP2 or DeepSpeed, and Accelerate was set up for {kind}")
+        raise ValueError(
+            f"the trainers run data parallel, under FSDP2 or DeepSpeed, and Accelerate was set up for {kind}"
+        )
     plugin = _fsdp(found)
     if plugin is not None and not sharded:
         raise ValueError("this trainer holds whole models, and Accelerate was set up for FSDP (docs/scale.md)")
@@ -154,8 +156,9 @@ def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.o
         learned = [p for p in model.parameters() if p.requires_grad]
         if not learned:
             raise ValueError(f"no weight of {type(model).__name__} can be trained: requires_grad is False on all")
-        parameters.append({"params": [p for p in learned if p.dim() > 1], "lr": rate, "weight_decay": weight_decay})
-        parameters.append({"params": [p for p in learned if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
+        wide, flat = ([p for p in learned if (len(sharded.shape(p)) > 1) is wide] for wide in (True, False))
+        parameters.append({"params": wide, "lr": rate, "weight_decay": weight_decay})
+        parameters.append({"params": flat, "lr": rate, "weight_decay": 0.0})
     parameters = [group | {"peak": group["lr"]} for group in parameters if group["params"]]
     plan = zero.planned(groups[0][0])
     if plan is not None:
