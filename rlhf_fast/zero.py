@@ -6,6 +6,7 @@ its hooks on the weights reduce their gradients, and those on the modules gather
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,14 @@ from torch import Tensor, nn
 
 PLAN = "_zero"  # of a model: how it is, or will be, trained
 MOMENTS = "exp_avg", "exp_avg_sq"
-#: Keys of DeepSpeed's config that say nothing to the trainers, for ``settings`` gives them their values.
+#: Keys of DeepSpeed's config that ``settings`` itself gives their values, and of its section ``zero_optimization``.
 IGNORED = (
-    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print", "wall_clock_breakdown",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "offload_optimizer",
+    "offload_param", "allgather_partitions", "contiguous_gradients", "reduce_scatter",
 )  # fmt: skip
-#: Keys of its section ``zero_optimization`` that are taken over: when to talk, and how much at a time.
-TAKEN = (
-    "stage", "overlap_comm", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "round_robin_gradients", "sub_group_size",
-)  # fmt: skip
+#: Keys of that section that are taken over: when to talk, and how much at a time.
+TAKEN = "stage", "overlap_comm", "reduce_bucket_size", "allgather_bucket_size", "sub_group_size"
 
 
 class Plan:
@@ -40,32 +39,26 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
     """The config for DeepSpeed's engine out of the one that a user gave. Raises ``ValueError`` for what is not done."""
     section = given.get("zero_optimization", {})
     if section.get("stage") not in (1, 2, 3):
-        raise ValueError(
-            f"the trainers run ZeRO in stage 1, 2 or 3, and DeepSpeed was set up for {section.get('stage')}"
-        )
+        raise ValueError(f"ZeRO runs in stage 1, 2 or 3 here, and DeepSpeed was set up for {section.get('stage')}")
     for name in ("offload_optimizer", "offload_param"):
         device = str((section.get(name) or {}).get("device") or "none")
         if device != "none":
             raise ValueError(f"the trainers run ZeRO without offloading: no {name} to {device}")
-    passed = {"offload_optimizer", "offload_param", *TAKEN}
     for name, value in section.items():
-        if name not in passed and not name.startswith("stage3_") and _says_something(value):
+        if name not in IGNORED + TAKEN and not name.startswith("stage3_") and _asks(value):
             raise ValueError(f"the trainers cannot do zero_optimization.{name} of DeepSpeed's config: leave it out")
     for name, value in given.items():
-        if name == "gradient_accumulation_steps" and value in (1, "auto"):
-            continue
-        if name not in IGNORED and _says_something(value):
-            raise ValueError(
-                f"the config of the trainer rules, not DeepSpeed's: leave {name} out there (docs/scale.md)"
-            )
-    taken = {name: section[name] for name in TAKEN if name in section and section[name] != "auto"}
-    # A small weight that stays gathered would be dropped at its first use: modules are called in no fixed order.
-    persistence = {"stage3_param_persistence_threshold": 0} if taken["stage"] == 3 else {}
+        if name not in IGNORED and _asks(value) and (name != "gradient_accumulation_steps" or value != 1):
+            raise ValueError(f"the trainer's config rules, not DeepSpeed's: leave {name} out of that (docs/scale.md)")
+    taken = {name: section[name] for name in TAKEN if section.get(name, "auto") != "auto"}
+    if taken["stage"] == 1:  # its gradients are summed after the last backward pass, and with overlap_comm never
+        taken["overlap_comm"] = False
+    if taken["stage"] == 3:  # a small weight that stayed gathered would be dropped where it is used first
+        taken["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": float("inf"),
         "gradient_clipping": 0.0,  # its default is to clip all models together to 1
-        "zero_optimization": taken | persistence, "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": taken, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
 
 
@@ -124,15 +117,16 @@ class ZeroAdamW(torch.optim.AdamW):
         self.owners = [owners[id(group["params"][0])] for group in self.param_groups]
         self.taken, self.moved = [0] * len(self.owners), set[int]()  # steps of each group; models with a gradient
         for weight in every:
-            weight.register_post_accumulate_grad_hook(lambda _, model=owners[id(weight)]: self.moved.add(id(model)))
+            weight.register_post_accumulate_grad_hook(partial(_note, self.moved, id(owners[id(weight)])))
         self.stage = stage(plan.config)
         inner = _AdamW([dict(group) | {"idle": False} for group in self.param_groups], **options)
         models = nn.ModuleList(plan.models if self.stage == 3 else learning)
         self.engine = deepspeed.initialize(model=models, optimizer=inner, config=plan.config)[0]
         self.zero = self.engine.optimizer
-        self.flat = (
-            self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-        )
+        if not hasattr(self.zero, "finalize_gradient_accumulation_boundary"):
+            raise ValueError(f"ZeRO needs a newer DeepSpeed (0.19.8 is tested), and this is {deepspeed.__version__}")
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        self.flat = getattr(self.zero, name)
         for own in self.flat:
             step = torch.zeros((), dtype=torch.float32, device=own.device)
             inner.state[own] = {"step": step} | {name: torch.zeros_like(own) for name in MOMENTS}
@@ -228,6 +222,10 @@ class ZeroAdamW(torch.optim.AdamW):
         return int(self.zero.sub_group_to_group_id[part]) if self.stage == 3 else part
 
 
+def _note(moved: set[int], model: int, weight: Tensor) -> None:
+    moved.add(model)
+
+
 @contextmanager
 def gathered(weights: Sequence[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
     """Hold ``weights`` of stage 3 whole in every process, which may then use them; ``changed`` if they are to be.
@@ -256,8 +254,8 @@ def is_part(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def _says_something(value: Any) -> bool:
+def _asks(value: Any) -> bool:
     """Whether a value of DeepSpeed's config asks for anything."""
     if isinstance(value, dict):
-        return _says_something(value.get("enabled", bool(value)))
+        return _asks(value.get("enabled", bool(value)))
     return value not in (None, False, "auto", "none", 0, [])

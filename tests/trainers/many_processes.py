@@ -1,4 +1,6 @@
-"""What test_processes.py compares: the same runs in one process and in two, started with a folder and their names.
+"""What test_processes.py compares: the same runs in one process and in two.
+
+Started with a folder, and for each folder in it ``how:kind,kind``, the runs there.
 
 Without RANK in its environment this is the one process, with it one of two, as ``accelerate launch`` would start them.
 """
@@ -246,6 +248,13 @@ def report(root: Path, name: str, what) -> None:
     (root / f"{name}.{processes.rank()}.json").write_text(json.dumps(what))
 
 
+def zero_config(file: Path, stage: int) -> str:
+    """A config for DeepSpeed under which a model takes several messages and several parts."""
+    sizes = {"reduce_bucket_size": 5000, "allgather_bucket_size": 7000, "sub_group_size": 6000}
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **sizes}}))
+    return str(file)
+
+
 def parts(root: Path) -> None:
     """How many numbers this process holds, and how many there are: of three models and of the optimizer's moments."""
     trainer = online("ppo", None, batch_size=4, steps=1)
@@ -264,21 +273,25 @@ def local(weight):
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    root.mkdir(exist_ok=True)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         import deepspeed
 
         # On the CPU it would compile an exchange of its own, for half a minute; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name in sys.argv[2:]:
-        trainer = COMPARED[name](root / name)
-        torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
-        last = trainer.train()
-        torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
-        report(root, f"{name}.last", last)
+    for how, kinds in (given.split(":") for given in sys.argv[2:]):
+        root = Path(sys.argv[1]) / how
+        root.mkdir(exist_ok=True)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = zero_config(root / "config.json", int(how[-1]))
+        for name in kinds.split(","):
+            trainer = COMPARED[name](root / name)
+            torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
+            last = trainer.train()
+            torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
+            report(root, f"{name}.last", last)
+        if processes.count() > 1:
+            parts(root)
+            stopped_and_resumed(root)
     if processes.count() > 1:
-        parts(root)
-        stopped_and_resumed(root)
         failing(root)
         os._exit(0)  # the other one is dead: there is nobody to say goodbye to
