@@ -124,7 +124,7 @@ class ZeroAdamW(torch.optim.AdamW):
         self.engine = deepspeed.initialize(model=models, optimizer=inner, config=plan.config)[0]
         self.zero = self.engine.optimizer
         if not hasattr(self.zero, "finalize_gradient_accumulation_boundary"):
-            raise ValueError(f"ZeRO needs a newer DeepSpeed (0.19.8 is tested), and this is {deepspeed.__version__}")
+            raise ValueError(f"ZeRO needs DeepSpeed 0.19.4 or newer, and this is {deepspeed.__version__}")
         name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         self.flat = getattr(self.zero, name)
         for own in self.flat:

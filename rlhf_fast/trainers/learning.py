@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def _deepspeed(accelerator: Any) -> dict[str, Any] | None:
     found = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
     if found is None and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return None
-    require("deepspeed")
+    if find_spec("deepspeed") is None:
+        raise ModuleNotFoundError("deepspeed is not installed: pip install 'rlhf-fast[deepspeed]'", name="deepspeed")
     if accelerator.num_processes == 1:
         raise ValueError("ZeRO shares among processes, and Accelerate was set up for DeepSpeed with one")
     from transformers.integrations import unset_hf_deepspeed_config

@@ -298,7 +298,7 @@ def test_learning_rates(schedule, rates):
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
-        ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
+        ({"distributed_type": "MEGATRON_LM"}, "Accelerate was set up for MEGATRON_LM"),
         ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
         ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
     ],
