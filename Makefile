@@ -16,6 +16,8 @@ $(VENV)/ready: $(BUILT_FROM)
 # Without their dependencies, which are heavy: the tests stub those. OpenRLHF has a wheel for one Python only.
 $(VENV)/peers: $(VENV)/ready
 	$(PIP) --no-deps verl "openrlhf; python_version == '3.11' and platform_machine == 'x86_64'"
+# Nothing of it is compiled when it is installed. Where CUDA is there without its compiler it cannot be: its tests skip.
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed || echo "no DeepSpeed: the tests of ZeRO are skipped"
 	touch $@
 
 demo: $(VENV)/ready

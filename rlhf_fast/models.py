@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer, unwrap
 from rlhf_fast.pretrained import restore as restore
 from rlhf_fast.pretrained import save as save
+from rlhf_fast.zero import is_part
 
 NOISE = re.compile(r"drop|jitter")
 
@@ -190,7 +191,7 @@ def scalar_head(
     head = unwrap(model).score
     with torch.autocast(hidden.device.type, enabled=False):
         # Rounded to bfloat16 a value would have three digits left.
-        if type(head) is nn.Linear:
+        if type(head) is nn.Linear and not is_part(head.weight):
             dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.weight.dtype), torch.float32)
             bias = None if head.bias is None else head.bias.to(dtype)
             values = nn.functional.linear(hidden.to(dtype), head.weight.to(dtype), bias)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_fast.sharded import is_sharded, kind, parted, put, whole
+from rlhf_fast.sharded import is_sharded, kind, put, whole
 
 SCALAR = "ForSequenceClassification"
 TRAINED = "trained.safetensors"
@@ -177,8 +177,7 @@ def restore(model: Any, folder: str | Path) -> None:
 
     if hasattr(model, "merge_and_unload"):
         stored = load_file(Path(folder) / TRAINED)
-        for name, parameter in _trained(model).items():
-            parameter.data.copy_(parted(stored[name], parameter))
+        put(model, {name: stored[name] for name in _trained(model)})
         return
     inner = unwrap(model)
     stored = read_model(kind(inner), folder, dtype="auto").state_dict()

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast import zero
+
 WHOLE: dict[int, Any] = {}  # id of a model or optimizer → what ``collected`` has gathered of it
 SKELETON = "_skeleton"  # of a sharded model: the same on the meta device, unsharded
 RESHARD = "_reshard_after_forward"
-MODELS: Any = weakref.WeakSet()  # to which ``shard`` was applied
+MODELS: Any = weakref.WeakSet()  # whose forward or backward pass waits for the other processes
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether ``shard`` was applied to ``model``."""
+    """Whether ``shard`` was applied to ``model``, or stage 3 of ZeRO."""
     return isinstance(model, nn.Module) and SKELETON in vars(model)
 
 
@@ -34,8 +36,7 @@ def shard(model: nn.Module, parts: Sequence[nn.Module], mesh: Any, *, reshard_af
 
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(f"FSDP2 needs PyTorch 2.8 or newer, and this is {torch.__version__}")
-    memo = {id(tensor): _like(tensor, tensor.detach().to("meta")) for tensor in _tensors(model)}
-    vars(model)[SKELETON] = copy.deepcopy(model, _kept(model) | memo)
+    remember(model)
     vars(model)[RESHARD] = reshard_after_forward
     MODELS.add(model)
     for part in parts:
@@ -45,12 +46,19 @@ def shard(model: nn.Module, parts: Sequence[nn.Module], mesh: Any, *, reshard_af
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale what it reduces
 
 
+def remember(model: nn.Module) -> None:
+    """Keep of ``model``, which will be sharded, what ``collected`` needs."""
+    memo = {id(tensor): _like(tensor, tensor.detach().to("meta")) for tensor in _tensors(model)}
+    vars(model)[SKELETON] = copy.deepcopy(model, _kept(model) | memo)
+
+
 @torch.no_grad()
 def put(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy whole ``weights``, which every process has, to those of that name in ``model``."""
     for name, own in [*model.named_parameters(), *model.named_buffers()]:
         if name in weights:
-            own.copy_(parted(weights[name].to(own.device, own.dtype), own))
+            with zero.gathered([own], changed=True):
+                own.copy_(parted(weights[name].to(own.device, own.dtype), own))
 
 
 def kind(model: nn.Module) -> type:
@@ -66,6 +74,12 @@ def whole(model: Any) -> Any:
 def state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """The state of ``optimizer``, unsharded where ``collected`` has it."""
     found: dict[int, dict[str, Tensor]] = WHOLE.get(id(optimizer)) or optimizer.state_dict()["state"]
+    return found
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """The shape of ``tensor`` as a whole."""
+    found: torch.Size = tensor.ds_shape if zero.is_part(tensor) else tensor.shape
     return found
 
 
@@ -87,7 +101,8 @@ def collected(
     Every process must come here; ``whole`` and ``state`` return it inside. Nothing is done where nothing is sharded.
     """
     models, keep = [model for model in models if is_sharded(model)], everywhere
-    keep = keep or (bool(models) and torch.distributed.get_rank() == 0)
+    parts = optimizer is not None and (bool(models) or isinstance(optimizer, zero.ZeroAdamW))
+    keep = keep or ((bool(models) or parts) and torch.distributed.get_rank() == 0)
     kept = []
     try:
         for model in models:
@@ -97,11 +112,10 @@ def collected(
                 memo = {id(x): _like(x, y) for x, y in zip(_tensors(bare), full, strict=True)}
                 WHOLE[id(model)] = copy.deepcopy(bare, _kept(model) | memo)
                 kept.append(id(model))
-        if models and optimizer is not None:
-            found = optimizer.state_dict()["state"]
-            gathered = {i: {n: _full(t, keep) for n, t in tensors.items()} for i, tensors in found.items()}
+        if optimizer is not None and parts:
+            found = _state(optimizer, keep)
             if keep:
-                WHOLE[id(optimizer)] = gathered
+                WHOLE[id(optimizer)] = found
                 kept.append(id(optimizer))
         yield
     finally:
@@ -120,7 +134,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with zero.gathered([*model.parameters()]):
+            yield
     finally:
         for part in parts:
             part.reshard()
@@ -137,8 +152,19 @@ def _is_part(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def _state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[int, dict[str, Any]]:
+    """The whole state of a sharded ``optimizer``, in a process that keeps it."""
+    if isinstance(optimizer, zero.ZeroAdamW):
+        return optimizer.collect(keep)
+    found = optimizer.state_dict()["state"]
+    return {i: {n: _full(t, keep) for n, t in tensors.items()} for i, tensors in found.items()}
+
+
 def _full(tensor: Tensor, keep: bool) -> Tensor | None:
     """``tensor`` whole on the CPU; None in a process that does not keep it, which takes part all the same."""
+    if zero.is_part(tensor):
+        with zero.gathered([tensor]):
+            return tensor.detach().to("cpu", copy=True) if keep else None
     full = tensor.detach().full_tensor() if _is_part(tensor) else tensor.detach()
     return full.cpu() if keep else None
 

@@ -24,6 +24,7 @@ LAYERS = (
         "models",
         "pretrained",
         "sharded",
+        "zero",
         "sharing",
         "data",
         "records",

@@ -56,7 +56,7 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer, examples: Iterabl
         state.setdefault(int(index), {})[name] = value
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = {i: s["exp_avg"].shape for i, s in state.items()}
-    if any(i >= len(weights) or weights[i].shape != shape for i, shape in shapes.items()):
+    if any(i >= len(weights) or sharded.shape(weights[i]) != shape for i, shape in shapes.items()):
         raise ValueError(f"{folder} holds the optimizer of other weights, so that this run cannot go on from it")
     state = {i: {n: sharded.parted(v, weights[i]) for n, v in s.items()} for i, s in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import columns, data, models, packing
+from rlhf_fast import columns, data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import distill_loss
 from rlhf_fast.losses.distill import DIVERGENCES
@@ -104,7 +104,7 @@ class DistillTrainer:
         check_folder(output_dir, run=True)
         if (data is None) == (prompts is None):
             raise ValueError("distillation learns either from data, given responses, or from prompts: pass one of them")
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, DistillConfig)
         if reward is None and not c.alpha:
             raise ValueError("DistillConfig.alpha is 0 and there is no reward: there would be nothing to learn")
@@ -133,7 +133,7 @@ class DistillTrainer:
         self.model = learning.trainable(student, home, c)
         self.teacher = models.frozen_copy(self.teacher).to(home)
         self.stop_ids = online.stop_ids(self.model, self.tokenizer, None)
-        self.attention = packing.prepare([self.model, self.teacher], home, c)
+        self.attention = learning.prepare_packing(self.accelerator, [self.model, self.teacher], c)
         learning.shard(self.accelerator, [self.model, self.teacher])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.steps if self.own else c.epochs * math.ceil(len(self.examples) / c.batch_size)

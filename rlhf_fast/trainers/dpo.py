@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import data, models, packing
+from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import dpo_loss
 from rlhf_fast.losses.preference import DPO_KINDS
@@ -84,7 +84,7 @@ class DPOTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, DPOConfig)
         self.device, self.output_dir = self.accelerator.device, output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
@@ -105,14 +105,13 @@ class DPOTrainer:
         self.reference = None if own else models.frozen_copy(self.reference, shared_copy).to(home)
         if c.share == "lora":
             self.model = with_adapters(self.model, rank=c.lora_rank, alpha=c.lora_alpha, seed=c.seed)
-        readers = [m for m in (self.model, self.reference) if m is not None]
-        self.attention = packing.prepare(readers, home, c)
+        self.attention = learning.prepare_packing(self.accelerator, [self.model, self.reference], c)
         learning.shard(self.accelerator, [self.model, self.reference])
+        self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.known: dict[int, tuple[float, float]] = {}  # id of a pair → what the reference says of its answers
         if c.precompute_reference:
             self._read_all(self.model if own else self.reference)
             self.reference, self.attention = None, [a for a in self.attention if a.model is self.model]
-        self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)
         self.done = self.updates = 0
 

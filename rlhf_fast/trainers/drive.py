@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_fast import packing, sharded
+from rlhf_fast import packing, sharded, zero
 from rlhf_fast.trainers import checkpoint, processes
 from rlhf_fast.trainers.run import Run
 from rlhf_fast.trainers.watch import Watch, training_range
@@ -98,9 +98,10 @@ def save(trainer: Any, run: Run, done: int) -> None:
 def _collected(trainer: Any) -> AbstractContextManager[None]:
     """Gather the sharded models that ``trainer`` teaches, and what its optimizer keeps, in the first process."""
     models = [m for m in vars(trainer).values() if sharded.is_sharded(m)]
-    if not models or trainer.output_dir is None:
+    optimizer = getattr(trainer, "optimizer", None)
+    if not (models or isinstance(optimizer, zero.ZeroAdamW)) or trainer.output_dir is None:
         return nullcontext()
-    return sharded.collected([m for m in models if any(p.requires_grad for p in m.parameters())], trainer.optimizer)
+    return sharded.collected([m for m in models if any(p.requires_grad for p in m.parameters())], optimizer)
 
 
 def _listen(run: Run) -> Callable[[], None]:

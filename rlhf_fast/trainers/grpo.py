@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops, packing
+from rlhf_fast import data, models, ops
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import group_advantages, whiten
 from rlhf_fast.losses.advantages import ADVANTAGES
@@ -126,7 +126,7 @@ class GRPOTrainer:
         if reference is not None and not c.kl_coef:
             warnings.warn("the reference is not used: GRPOConfig.kl_coef is 0", stacklevel=2)
         self.output_dir, self.generator = output_dir, generator
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         device = learning.home(self.accelerator)
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -144,7 +144,7 @@ class GRPOTrainer:
         readers |= dict.fromkeys(token_readers(self.reward), 1)
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
-        self.attention = packing.prepare([m for m in (self.policy, self.reference) if m is not None], device, c)
+        self.attention = learning.prepare_packing(self.accelerator, [self.policy, self.reference], c)
         learning.shard(self.accelerator, [self.policy, self.reference])
         self.optimizer = learning.adamw([(self.policy, c.learning_rate)], c.weight_decay)
         self.learners, self.moments = {"": self.policy}, RunningMoments()

@@ -3,12 +3,13 @@
 import contextlib
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast import sharded, sharing
+from rlhf_fast import packing, sharded, sharing, zero
 from rlhf_fast.dispatch import require
 from rlhf_fast.products import exact_products
 from rlhf_fast.trainers import processes
@@ -18,13 +19,12 @@ PRECISIONS = ("fp32", "bf16")
 #: What a run needs of the extra ``train``, asked for at its start.
 PACKAGES = ("transformers", "accelerate", "tqdm", "tensorboard", "rich")
 #: Accelerate's names of what the trainers run in: one process, or data parallel, or that with sharded weights.
-DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 
 
-def accelerator(*, sharded: bool = False) -> Any:
+def accelerator() -> Any:
     """Accelerate's view of this process: its device, its backward and its clipping.
 
-    ``sharded``: the trainer calls ``shard`` on its models.
     Mixed precision is ``autocast`` below instead of Accelerate's own, which turns the whole ``[B, T, V]`` logits into
     float32 and can be chosen once per process only. Raises ``ValueError`` where Accelerate was set up for what the
     trainers cannot do, ``ModuleNotFoundError`` where one of ``PACKAGES`` is absent.
@@ -35,12 +35,13 @@ def accelerator(*, sharded: bool = False) -> Any:
     found = Accelerator()
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
     if kind not in DISTRIBUTED:
-        raise ValueError(f"the trainers run data parallel or under FSDP2, and Accelerate was set up for {kind}")
+        raise ValueError(
+            f"the trainers run data parallel, under FSDP2 or DeepSpeed, and Accelerate was set up for {kind}"
+        )
     plugin = _fsdp(found)
-    if plugin is not None and not sharded:
-        raise ValueError("this trainer holds whole models, and Accelerate was set up for FSDP (docs/scale.md)")
     if plugin is not None and (plugin.fsdp_version != 2 or _offloads(plugin)):
         raise ValueError("the trainers shard with FSDP2 and without offloading: fsdp_version 2, no offload_params")
+    _deepspeed(found)
     if found.gradient_accumulation_steps > 1:  # it would divide every loss once more
         raise ValueError("set micro_batch_size, and leave Accelerate's gradient_accumulation_steps at 1")
     if found.mixed_precision not in ("no", "bf16"):
@@ -63,6 +64,26 @@ def _fsdp(accelerator: Any) -> Any:
     return FullyShardedDataParallelPlugin() if asked else found
 
 
+def _deepspeed(accelerator: Any) -> dict[str, Any] | None:
+    """The config for DeepSpeed's engine where Accelerate was set up for that, else None.
+
+    Accelerate itself looks at it on accelerators only. Raises ``ValueError`` for what ZeRO does not do here.
+    """
+    from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
+
+    found = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    if found is None and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    if find_spec("deepspeed") is None:
+        raise ModuleNotFoundError("deepspeed is not installed: pip install 'rlhf-fast[deepspeed]'", name="deepspeed")
+    if max(accelerator.num_processes, processes.count()) == 1:
+        raise ValueError("ZeRO shares among processes, and Accelerate was set up for DeepSpeed with one")
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # or transformers would load models in parts, which ``zero.plan`` makes
+    return zero.settings((found or DeepSpeedPlugin()).deepspeed_config)
+
+
 def _offloads(plugin: Any) -> bool:
     offload = plugin.cpu_offload
     return bool(
@@ -72,12 +93,28 @@ def _offloads(plugin: Any) -> bool:
 
 def home(accelerator: Any) -> torch.device:
     """Where models are before ``shard``: the CPU if they will be sharded, for one may exceed a device."""
-    return accelerator.device if _fsdp(accelerator) is None else torch.device("cpu")
+    config = _deepspeed(accelerator)
+    parted = _fsdp(accelerator) is not None or (config is not None and zero.stage(config) == 3)
+    return torch.device("cpu") if parted else accelerator.device
+
+
+def prepare_packing(
+    accelerator: Any, models: Sequence[nn.Module | None], config: Any, *, rows: bool = True
+) -> list[packing.Attention]:
+    """``packing.prepare`` before ``shard``; the ``rows`` of a CPU are for models that stay on one."""
+    models = [model for model in models if model is not None]
+    return packing.prepare(models, home(accelerator), config, rows=rows and accelerator.device.type == "cpu")
 
 
 def shard(accelerator: Any, models: Sequence[nn.Module | None]) -> None:
-    """Shard ``models`` in place where Accelerate was set up for FSDP2; call it before the optimizer is made."""
-    plugin = _fsdp(accelerator)
+    """Shard ``models`` in place where Accelerate was set up for FSDP2 or DeepSpeed, before the optimizer is made."""
+    plugin, config = _fsdp(accelerator), _deepspeed(accelerator)
+    if config is not None:
+        every = [model for model in models if model is not None]
+        for model in every if zero.stage(config) == 3 else ():
+            sharded.remember(model)
+        sharded.MODELS.update(every if zero.stage(config) > 1 else ())
+        zero.plan(every, config, accelerator)
     if plugin is None:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -127,9 +164,13 @@ def adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.o
         learned = [p for p in model.parameters() if p.requires_grad]
         if not learned:
             raise ValueError(f"no weight of {type(model).__name__} can be trained: requires_grad is False on all")
-        parameters.append({"params": [p for p in learned if p.dim() > 1], "lr": rate, "weight_decay": weight_decay})
-        parameters.append({"params": [p for p in learned if p.dim() <= 1], "lr": rate, "weight_decay": 0.0})
+        wide, flat = ([p for p in learned if (len(sharded.shape(p)) > 1) is wide] for wide in (True, False))
+        parameters.append({"params": wide, "lr": rate, "weight_decay": weight_decay})
+        parameters.append({"params": flat, "lr": rate, "weight_decay": 0.0})
     parameters = [group | {"peak": group["lr"]} for group in parameters if group["params"]]
+    plan = zero.planned(groups[0][0])
+    if plan is not None:
+        return zero.ZeroAdamW(parameters, plan, betas=(0.9, 0.95), fused=True)
     return torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=True)
 
 
@@ -152,6 +193,9 @@ def clip_gradients(accelerator: Any, models: list[nn.Module], max_norm: float) -
 
     In several processes their gradients are summed first; those of a sharded model are already.
     """
+    plan = zero.planned(models[0])
+    if plan is not None and plan.optimizer is not None:
+        return plan.optimizer.clip(models, max_norm)
     processes.sum_gradients([model for model in models if not sharded.is_sharded(model)])
     norms = [accelerator.clip_grad_norm_(model.parameters(), max_norm) for model in models]
     return torch.stack([(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float() for norm in norms])

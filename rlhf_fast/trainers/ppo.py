@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, ops, packing
+from rlhf_fast import data, models, ops
 from rlhf_fast.generators import Generator
 from rlhf_fast.losses import AdaptiveKL, whiten
 from rlhf_fast.ops.ppo_loss import KL_ESTIMATES
@@ -124,7 +124,7 @@ class PPOTrainer:
         check_folder(output_dir, run=True)
         c = self.config = chosen(config, PPOConfig)
         self.output_dir, self.generator = output_dir, generator
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         device, self.device = learning.home(self.accelerator), self.accelerator.device
         records = data.read_records(prompts)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -144,7 +144,7 @@ class PPOTrainer:
         self.prompts = online.tokenise(records, self.tokenizer, readers, c)
         self.stop_ids = online.stop_ids(self.policy, self.tokenizer, c.stop_token)
         critic_rate = c.learning_rate if c.critic_learning_rate is None else c.critic_learning_rate
-        self.attention = packing.prepare([self.policy, self.reference, self.critic], device, c)
+        self.attention = learning.prepare_packing(self.accelerator, [self.policy, self.reference, self.critic], c)
         learning.shard(self.accelerator, [self.policy, self.reference, self.critic])
         groups = [(self.policy, c.learning_rate), (self.critic, critic_rate)]
         self.optimizer = learning.adamw(groups, c.weight_decay)

@@ -102,7 +102,7 @@ class RewardTrainer:
         calibration_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         c = self.config = chosen(config, RewardConfig)
         self.output_dir, self.separator = output_dir, c.separator or "\n"
         if calibration_data is not None and not c.normalise:
@@ -124,7 +124,7 @@ class RewardTrainer:
         settings = models.unwrap(self.model).config  # saved beside the weights: how the scores are read
         settings.step_separator = self.separator if self.kind == "process" else None
         settings.score_shift = getattr(settings, "score_shift", 0.0)
-        self.attention = packing.prepare([self.model], learning.home(self.accelerator), c)
+        self.attention = learning.prepare_packing(self.accelerator, [self.model], c)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, c.learning_rate)], c.weight_decay)
         self.steps = c.epochs * math.ceil(len(self.examples) / c.batch_size)

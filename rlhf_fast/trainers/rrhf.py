@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import data, models, packing
+from rlhf_fast import data, models
 from rlhf_fast.data import read_records
 from rlhf_fast.losses import RRHFLossOutput, rrhf_loss
 from rlhf_fast.losses.reward import better
@@ -74,7 +74,7 @@ class RRHFTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         self.config, self.output_dir = chosen(config, RRHFConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -86,7 +86,7 @@ class RRHFTrainer:
         models.check_tokens(policy, self.tokenizer, itertools.chain.from_iterable(answers))
         home = learning.home(self.accelerator)
         self.model = learning.trainable(policy, home, self.config)
-        self.attention = packing.prepare([self.model], home, self.config)
+        self.attention = learning.prepare_packing(self.accelerator, [self.model], self.config)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)

@@ -68,7 +68,7 @@ class SFTTrainer:
         eval_data: Any = None,
     ) -> None:
         check_folder(output_dir, run=True)
-        self.accelerator = learning.accelerator(sharded=True)
+        self.accelerator = learning.accelerator()
         self.config, self.output_dir = chosen(config, SFTConfig), output_dir
         records, eval_records = read_records(data), [] if eval_data is None else read_records(eval_data)
         self.tokenizer = models.load_tokenizer(model, tokenizer)
@@ -78,7 +78,7 @@ class SFTTrainer:
         self.eval_examples = self._tokenise(eval_records) if eval_records else []
         models.check_tokens(policy, self.tokenizer, (e.ids for e in [*self.examples, *self.eval_examples]))
         self.model = learning.trainable(policy, learning.home(self.accelerator), self.config)
-        self.attention = packing.prepare([self.model], learning.home(self.accelerator), self.config, rows=False)
+        self.attention = learning.prepare_packing(self.accelerator, [self.model], self.config, rows=False)
         learning.shard(self.accelerator, [self.model])
         self.optimizer = learning.adamw([(self.model, self.config.learning_rate)], self.config.weight_decay)
         self.steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)

@@ -1,4 +1,6 @@
-"""What test_processes.py compares: the same runs in one process and in two, started with a folder.
+"""What test_processes.py compares: the same runs in one process and in two.
+
+Started with a folder, and for each folder in it ``how:kind,kind``, the runs there.
 
 Without RANK in its environment this is the one process, with it one of two, as ``accelerate launch`` would start them.
 """
@@ -20,7 +22,7 @@ torch.set_num_threads(1)
 from tiny import tiny_llama, tiny_tokenizer  # noqa: E402
 
 import rlhf_fast as rf  # noqa: E402
-from rlhf_fast import models, sharded  # noqa: E402
+from rlhf_fast import models, sharded, zero  # noqa: E402
 from rlhf_fast.trainers import processes  # noqa: E402
 
 TOKENIZER = tiny_tokenizer()
@@ -179,18 +181,14 @@ COMPARED = {
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
-    names = ("model", "policy", "critic")
-    return {
-        f"{name}.{key}": value
-        for name in names
-        if hasattr(trainer, name)
-        for key, value in full(models.unwrap(getattr(trainer, name)).state_dict()).items()
-    }
+    held = {name: getattr(trainer, name) for name in ("model", "policy", "critic") if hasattr(trainer, name)}
+    return {f"{name}.{key}": value for name, model in held.items() for key, value in full(models.unwrap(model)).items()}
 
 
-def full(weights):
-    """A copy, and of sharded weights all parts."""
-    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for n, w in weights.items()}
+def full(model):
+    """A copy of its weights, and of sharded ones all parts."""
+    with zero.gathered([*model.parameters()]):
+        return {n: w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for n, w in model.state_dict().items()}
 
 
 def stopped_and_resumed(root: Path) -> None:
@@ -259,7 +257,7 @@ def failing(root: Path) -> None:
     report(root, "skipping", skipping.train())
     differing = tiny_llama(seed=processes.rank())
     first = rf.SFTTrainer(differing, data=DEMOS, config=rf.SFTConfig(**NUMBERS), tokenizer=TOKENIZER).model
-    report(root, "same weights", float(sum(w.double().sum() for w in full(first.state_dict()).values())))
+    report(root, "same weights", float(sum(w.double().sum() for w in full(first).values())))
     short = sft(root / "short")
     loss = short.loss
 
@@ -273,7 +271,7 @@ def failing(root: Path) -> None:
         short.train()
     except Exception as error:
         report(root, "short", [type(error).__name__, str(error), short.done])
-        if sharded.is_sharded(short.model):
+        if sharded.MODELS:
             os._exit(3 * processes.rank())  # as the launcher lets the others know
     dying = sft(root / "dying")
     step = dying.step
@@ -288,33 +286,56 @@ def report(root: Path, name: str, what) -> None:
     (root / f"{name}.{processes.rank()}.json").write_text(json.dumps(what))
 
 
+def zero_config(file: Path, stage: int) -> str:
+    """A config for DeepSpeed under which a model takes several messages and several parts."""
+    sizes = {"reduce_bucket_size": 5000, "allgather_bucket_size": 7000, "sub_group_size": 6000}
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **sizes}}))
+    return str(file)
+
+
 def parts(root: Path) -> None:
     """How many numbers this process holds, and how many there are: of all models and of their optimizers' moments."""
-    groups = []
+    found = []
     for trainer in (online("ppo", None, batch_size=4, steps=1), rrhf(None), dpo(None), distill(None)):
         next(map(trainer.step, trainer.batches()))
-        kept = [v for state in trainer.optimizer.state_dict()["state"].values() for v in state.values() if v.dim()]
-        models_of = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
-        groups += [[*m.parameters()] for m in models_of] + [kept]
-    held = [[w.to_local() if hasattr(w, "to_local") else w for w in group] for group in groups]
-    report(
-        root, "parts",
-        [[sum(w.numel() for w in own), sum(w.numel() for w in all_)] for own, all_ in zip(held, groups, strict=True)],
-    )  # fmt: skip
+        every = [m for m in vars(trainer).values() if isinstance(m, torch.nn.Module)]
+        for weights in ([*model.parameters()] for model in every):
+            own = [w.ds_tensor if zero.is_part(w) else local(w) for w in weights]
+            found.append([sum(w.numel() for w in own), sum(sharded.shape(w).numel() for w in weights)])
+        optimizer = trainer.optimizer.zero.optimizer if hasattr(trainer.optimizer, "zero") else trainer.optimizer
+        kept = sum(local(v).numel() for state in optimizer.state.values() for v in state.values() if v.dim())
+        learned = [w for model in every for w in model.parameters() if w.requires_grad]
+        found.append([kept, 2 * sum(sharded.shape(w).numel() for w in learned)])
+    report(root, "parts", found)
+
+
+def local(weight):
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    root.mkdir(exist_ok=True)
-    for name, make in COMPARED.items():
-        trainer = make(root / name)
-        torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
-        last = trainer.train()
-        torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
-        report(root, f"{name}.last", last)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        import deepspeed
+
+        # On the CPU it would compile an exchange of its own, for half a minute; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for how, kinds in (given.split(":") for given in sys.argv[2:]):
+        root = Path(sys.argv[1]) / how
+        root.mkdir(exist_ok=True)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = zero_config(root / "config.json", int(how[-1]))
+        for name in kinds.split(","):
+            trainer = COMPARED[name](root / name)
+            torch.save(state_of(trainer), root / f"{name}.start.{processes.rank()}.pt")
+            last = trainer.train()
+            torch.save(state_of(trainer), root / f"{name}.{processes.rank()}.pt")
+            report(root, f"{name}.last", last)
+        if processes.count() > 1:
+            parts(root)
+        if processes.count() > 1 and how != "zero1":  # which is resumed as zero2 is
+            stopped_and_resumed(root)
+        if how in ("two", "sharded"):
+            offline_resumed(root)
     if processes.count() > 1:
-        parts(root)
-        stopped_and_resumed(root)
-        offline_resumed(root)
         failing(root)
         os._exit(0)  # the other one is dead: there is nobody to say goodbye to

@@ -1,6 +1,7 @@
 """Two processes that share the work take the steps of one process on the same global batch.
 
-``two``: each with the whole weights; ``sharded``: each with its part of them, by FSDP2.
+``two``: each with the whole weights; ``sharded``: each with its part of them, by FSDP2; ``zero1`` to ``zero3``: each
+with its part of AdamW's state, of the gradients, too, and of the weights, too, by DeepSpeed.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,16 @@ KINDS = (
     "sft", "sft_packed", "reward", "reward_rankings", "reward_steps", "ppo", "ppo_dense", "grpo", "grpo_tokens", "rrhf",
     "rrhf_packed", "dpo", "dpo_known", "distill", "distill_tokens", "distill_own",
 )  # fmt: skip
-RUNS = [(how, kind) for how in ("two", "sharded") for kind in KINDS]
+ZERO = {
+    "zero1": ("sft", "ppo", "distill"),
+    "zero2": ("sft", "reward", "ppo_dense", "grpo", "rrhf", "dpo"),
+    "zero3": ("sft", "reward_rankings", "ppo", "ppo_dense", "grpo_tokens", "rrhf_packed", "dpo_known", "distill_own"),
+}
+WHAT = dict.fromkeys(("one", "two", "sharded"), KINDS) | ZERO
+RUNS = [(how, kind) for how, kinds in WHAT.items() if how != "one" for kind in kinds]
+PARTED = "sharded", *ZERO
+MANY = "two", "sharded", "zero2", "zero3"
+LAST = "two", "sharded", "zero3"  # what each pair of processes does last
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch without gloo: runs where it is built in"
 )
@@ -41,25 +52,32 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of many_processes.py, run by one process, by two, and by two that shard."""
-    root, script = tmp_path_factory.mktemp("processes"), Path(__file__).with_name("many_processes.py")
-    calm = environment()
-    environments, started = {"one": calm}, {}
-    for how, options in (("two", {}), ("sharded", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})):
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"} | options
-        environments |= {f"{how} {i}": calm | group | {"RANK": i, "LOCAL_RANK": i} for i in ("0", "1")}
-    for name, variables in environments.items():
-        with open(root / f"{name}.txt", "w") as said:
-            command = [sys.executable, str(script), str(root / name.split()[0])]
-            started[name] = subprocess.Popen(command, env=variables, stdout=said, stderr=said)
+    """The folders of many_processes.py, run by one process, by two, and by two that shard in each way."""
+    root = tmp_path_factory.mktemp("processes")
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    run(root, {"one": (None, ["one"]), "two": ({}, ["two"]), "sharded": (fsdp, ["sharded"])})
+    if find_spec("deepspeed"):
+        run(root, {"zero": ({"ACCELERATE_USE_DEEPSPEED": "true"}, ZERO)})
+    return root
+
+
+def run(root, groups):
+    """Run many_processes.py in ``root`` by each of ``groups``: what is in its environment, and its folders."""
+    script, calm, started = Path(__file__).with_name("many_processes.py"), environment(), {}
+    for group, (options, folders) in groups.items():
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"} if options is not None else {}
+        for rank in ("0", "1")[: 2 if own else 1]:
+            variables = calm | own | ({"RANK": rank, "LOCAL_RANK": rank} | options if own else {})
+            with open(root / f"{group} {rank}.txt", "w") as said:
+                command = [sys.executable, str(script), str(root), *(f"{f}:{','.join(WHAT[f])}" for f in folders)]
+                started[f"{group} {rank}"] = subprocess.Popen(command, env=variables, stdout=said, stderr=said)
     try:
         status = {name: process.wait(timeout=300) for name, process in started.items()}
     finally:
         for process in started.values():
             process.kill()
-    expected = {"one": 0, "two 0": 0, "two 1": 3, "sharded 0": 0, "sharded 1": 3}
-    assert status == expected, "\n".join((root / f"{n}.txt").read_text() for n in started)
-    return root
+    expected = {name: 3 if name.endswith(" 1") else 0 for name in started}  # the second one dies in the end
+    assert status == expected, "\n".join((root / f"{name}.txt").read_text() for name in started)
 
 
 def figures(folder):
@@ -75,6 +93,8 @@ def said(runs, name, how):
 def how(request):
     if request.param == "sharded" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         pytest.skip("FSDP2 sums gradients from PyTorch 2.8 on: runs there")
+    if request.param in ZERO and not find_spec("deepspeed"):
+        pytest.skip("needs deepspeed: `make test` installs it")
     return request.param
 
 
@@ -105,12 +125,16 @@ def test_the_model_on_the_disk_is_that_of_one_process(runs, kind, how):
         assert two.config.score_mean == pytest.approx(one.config.score_mean, abs=1e-6)
 
 
-def test_a_process_holds_its_part_alone(runs):
+@pytest.mark.parametrize("how", PARTED, indirect=True)
+def test_a_process_holds_its_part_alone(runs, how):
     """Of every weight of policy, reference, critic, student and teacher, and of what the optimizers keep."""
-    held = list(zip(*said(runs, "parts", "sharded"), strict=True))
-    assert len(held) == (3 + 1) + (1 + 1) + (2 + 1) + (2 + 1)  # PPO, RRHF, DPO and distillation with their moments
-    for parts in held:
-        assert sum(part for part, _ in parts) == parts[0][1]
+    held = list(zip(*said(runs, "parts", how), strict=True))
+    moments = [3, 5, 8, 11]  # of PPO, RRHF, DPO and distillation, each after its models
+    assert len(held) == moments[-1] + 1
+    for i, parts in enumerate(held):
+        if how in ("zero1", "zero2") and i not in moments:
+            continue
+        assert 0 <= sum(part for part, _ in parts) - parts[0][1] < 64  # DeepSpeed pads
         assert max(part for part, _ in parts) <= 0.52 * parts[0][1]  # a scalar head is whole in one of them
 
 
@@ -136,12 +160,12 @@ def test_the_responses_are_those_of_one_process_and_of_many_lengths(runs, how):
     assert (runs / how / "ppo" / "samples.jsonl").read_text() == (runs / "one" / "ppo" / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("how", MANY, indirect=True)
 def test_a_signal_to_one_process_stops_all_after_the_step(runs, how):
     assert said(runs, "stopped", how) == [[128 + 15, 3]] * 2
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("how", MANY, indirect=True)
 def test_resumed_they_end_with_the_bits_of_a_run_that_never_stopped(runs, how):
     """With a reward that draws from the generators of each process."""
     assert said(runs, "resumed", how) == [[True, 4]] * 2
@@ -154,7 +178,7 @@ def test_offline_trainers_go_on_to_the_bits(runs, kind, how):
     assert said(runs, f"{kind}.resumed", how) == [[True, 4]] * 2
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("how", LAST, indirect=True)
 def test_an_error_in_one_process_is_raised_in_all(runs, how):
     first, second = said(runs, "failing", how)
     assert first[0] == second[0] == "ValueError"
@@ -163,12 +187,12 @@ def test_an_error_in_one_process_is_raised_in_all(runs, how):
     assert "step 1: the reward raised OSError" in second[1]
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("how", LAST, indirect=True)
 def test_a_batch_without_a_reward_in_one_process_is_skipped_in_all(runs, how):
     assert said(runs, "skipping", how) == [{"skipped": 4.0}] * 2
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"], indirect=True)
+@pytest.mark.parametrize("how", LAST, indirect=True)
 def test_all_start_from_the_weights_of_the_first(runs, how):
     first, second = said(runs, "same weights", how)
     assert first == second
@@ -180,7 +204,7 @@ def test_no_memory_in_one_process_is_told_to_all(runs):
     assert second == ["MemoryError", "no room", 2]
 
 
-@pytest.mark.parametrize("how", ["sharded"], indirect=True)
+@pytest.mark.parametrize("how", ["sharded", "zero3"], indirect=True)
 def test_no_memory_in_one_process_that_shards_ends_it_and_the_others_notice(runs, how):
     first, second = said(runs, "short", how)
     assert second == ["RuntimeError", "process 1: MemoryError: no room", 2]

@@ -343,7 +343,7 @@ def test_learning_rates(schedule, rates):
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
-        ({"distributed_type": "DEEPSPEED"}, "Accelerate was set up for DEEPSPEED"),
+        ({"distributed_type": "MEGATRON_LM"}, "Accelerate was set up for MEGATRON_LM"),
         ({"gradient_accumulation_steps": 4}, "leave Accelerate's gradient_accumulation_steps at 1"),
         ({"mixed_precision": "fp16"}, "use precision=bf16, not fp16"),
     ],
@@ -358,27 +358,27 @@ def test_what_the_trainers_cannot_do_is_refused(monkeypatch, setup, words):
 
 
 @pytest.mark.parametrize(
-    ("version", "offload", "able", "words"),
-    [
-        (2, None, False, "this trainer holds whole models, and Accelerate was set up for FSDP"),
-        (1, None, True, "fsdp_version 2"),
-        (2, SimpleNamespace(offload_params=True), True, "no offload_params"),
-    ],
+    ("version", "offload", "words"),
+    [(1, None, "fsdp_version 2"), (2, SimpleNamespace(offload_params=True), "no offload_params")],
 )
-def test_fsdp_other_than_the_trainers_own_is_refused(monkeypatch, version, offload, able, words):
+def test_fsdp_other_than_the_trainers_own_is_refused(monkeypatch, version, offload, words):
     import accelerate
 
     plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
     found = SimpleNamespace(
         distributed_type="FSDP", num_processes=2, gradient_accumulation_steps=1, mixed_precision="no",
-        state=SimpleNamespace(fsdp_plugin=plugin),
+        state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cuda"),
     )  # fmt: skip
     monkeypatch.setattr(accelerate, "Accelerator", lambda: found)
     with pytest.raises(ValueError, match=words):
-        learning.accelerator(sharded=able)
+        learning.accelerator()
     plugin.fsdp_version, plugin.cpu_offload = 2, None
-    assert learning.accelerator(sharded=True) is found
+    assert learning.accelerator() is found
     assert learning.home(found).type == "cpu"
+    monkeypatch.setattr(learning.packing, "prepare", lambda *given, **options: (*given[1:], options))
+    config = SimpleNamespace(packing=True, precision="fp32")
+    device, _, options = learning.prepare_packing(found, [None], config)
+    assert (device.type, options) == ("cpu", {"rows": False})  # rows are what a CPU attends to, not this GPU
 
 
 def test_fsdp_is_seen_where_accelerate_counts_one_process(monkeypatch):
@@ -394,4 +394,4 @@ def test_fsdp_is_seen_where_accelerate_counts_one_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="fsdp_version 2"):
-        learning.accelerator(sharded=True)
+        learning.accelerator()
