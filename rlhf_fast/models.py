@@ -8,8 +8,7 @@ positions counted from it, so that neither the side nor the amount of padding ch
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.pretrained import SCALAR, is_scalar, read_config, read_model, read_tokenizer, unwrap
+from rlhf_fast.pretrained import evaluating as evaluating
 from rlhf_fast.pretrained import restore as restore
 from rlhf_fast.pretrained import save as save
 from rlhf_fast.zero import is_part
@@ -211,18 +211,6 @@ def sequence_scores(
     values = token_values(model, ids, mask)
     last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), 0).amax(-1)
     return values.gather(1, last[:, None]).squeeze(1)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def context_length(model: Any) -> int | None:

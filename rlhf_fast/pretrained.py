@@ -53,6 +53,18 @@ def silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def read(reader: Any, source: str | Path, **options: Any) -> Any:
     """``reader.from_pretrained(source)``, which stays off the network for a local ``source``, or where there is none.
 
