@@ -30,6 +30,11 @@ def case(shape, dtype=torch.float32, seed=0, density=0.7, poison=True):
     return {**out, "mask": mask}
 
 
+def clamp(x, low, high):
+    """With a gradient of 1 at both ends, as torch.clamp of PyTorch 2.13 has; that of 2.15 has 0 there."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def plain(t, *, denominator=None, **numbers):
     """The formula of formulas.md as one writes it in PyTorch, masked tokens taken out: (loss, stats)."""
     n = {**NUMBERS, **numbers}
@@ -46,9 +51,9 @@ def plain(t, *, denominator=None, **numbers):
 
     v = {name: x[mask] for name, x in t.items() if x is not None}
     log_ratio = v["logprobs"] - v["old_logprobs"]
-    ratio = torch.exp(torch.clamp(log_ratio, -n["log_ratio_clamp"], n["log_ratio_clamp"]))
+    ratio = torch.exp(clamp(log_ratio, -n["log_ratio_clamp"], n["log_ratio_clamp"]))
     unclipped = -v["advantages"] * ratio
-    clipped = -v["advantages"] * torch.clamp(ratio, 1 - n["cliprange_low"], 1 + n["cliprange_high"])
+    clipped = -v["advantages"] * clamp(ratio, 1 - n["cliprange_low"], 1 + n["cliprange_high"])
     policy = torch.maximum(unclipped, clipped)
     if n["dual_clip"] is not None:
         policy = torch.where(
@@ -61,7 +66,7 @@ def plain(t, *, denominator=None, **numbers):
         value = error / 2
         if "old_values" in v:
             low, high = v["old_values"] - n["cliprange_value"], v["old_values"] + n["cliprange_value"]
-            clipped_error = (torch.clamp(v["values"], low, high) - v["returns"]) ** 2
+            clipped_error = (clamp(v["values"], low, high) - v["returns"]) ** 2
             value, value_clip = torch.maximum(error, clipped_error) / 2, (clipped_error > error).to(error.dtype)
     if "entropy" in v:
         entropy = v["entropy"]
