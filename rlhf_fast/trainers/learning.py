@@ -35,9 +35,7 @@ def accelerator() -> Any:
     found = Accelerator()
     kind = str(getattr(found.distributed_type, "value", found.distributed_type))
     if kind not in DISTRIBUTED:
-        raise ValueError(
-            f"the trainers run data parallel, under FSDP2 or DeepSpeed, and Accelerate was set up for {kind}"
-        )
+        raise ValueError(f"the trainers run data parallel, under FSDP2 or ZeRO, and Accelerate was set up for {kind}")
     plugin = _fsdp(found)
     if plugin is not None and (plugin.fsdp_version != 2 or _offloads(plugin)):
         raise ValueError("the trainers shard with FSDP2 and without offloading: fsdp_version 2, no offload_params")
