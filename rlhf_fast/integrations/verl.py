@@ -151,11 +151,11 @@ def _aggregate(
 ) -> tuple[dict[str, Any], float]:
     """The arguments of `ppo_loss` for one of verl's modes, and what its loss is multiplied with."""
     if mode not in AGGREGATES:
-        raise ValueError(f"Invalid loss_agg_mode: {mode}")
+        raise ValueError(f"loss_agg_mode must be one of {', '.join(AGGREGATES)}, got {mode!r}")
     count = batch_num_tokens if mode == "token-mean" else None if mode == "token-sum" else global_batch_size
     if dp_size > 1 and count is None and mode != "token-sum":
-        what = "(global) batch_num_tokens" if mode == "token-mean" else "global_batch_size"
-        raise ValueError(f"{what} is required when dp_size > 1")
+        what = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+        raise ValueError(f"with dp_size {dp_size} the mode {mode} needs {what}, of all ranks")
     if isinstance(count, Tensor) and count.device != mask.device:
         count = float(count)
     factor = float(dp_size)

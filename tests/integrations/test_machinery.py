@@ -180,7 +180,9 @@ def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, changes, re
     """Then it stays as it is, with a warning, and the others are replaced."""
     own = toy.run, sys.modules["toy.maths"].Loss.forward
     known(monkeypatch, *REPLACEMENTS, forward=changes)
-    with pytest.warns(UserWarning) as warned, rf.patch("toy") as patch:
+    with pytest.warns(UserWarning, match="stays toy's own") as warned:
+        patch = rf.patch("toy")
+    with patch:
         assert patch.replaced == ("toy.maths.double", "toy.maths.half")
         ((path, why),) = patch.kept.items()
         assert why.startswith(reason.format(fingerprint(own[1])))
@@ -198,8 +200,10 @@ def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, changes, re
 def test_a_body_whose_source_cannot_be_read(toy, monkeypatch):
     known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY,)})
     sys.modules["toy.maths"].Loss.forward = len  # nothing of Python's
-    with pytest.warns(UserWarning, match=r"toy\.maths\.Loss\.forward stays toy's own"), rf.patch("toy") as patch:
-        assert patch.kept == {"toy.maths.Loss.forward": "its source cannot be read"}
+    with pytest.warns(UserWarning, match=r"toy\.maths\.Loss\.forward stays toy's own"):
+        patch = rf.patch("toy")
+    patch.undo()
+    assert patch.kept == {"toy.maths.Loss.forward": "its source cannot be read"}
 
 
 def test_a_wrapper_of_somebody_elses_is_another_body(toy, monkeypatch):
@@ -208,7 +212,9 @@ def test_a_wrapper_of_somebody_elses_is_another_body(toy, monkeypatch):
     own = loss.forward
     known(monkeypatch, *REPLACEMENTS, forward={"bodies": (fingerprint(own),)})
     loss.forward = wraps(own)(lambda self, x: 100 * own(self, x))
-    with pytest.warns(UserWarning, match="its body is wrapped"), rf.patch("toy") as patch:
+    with pytest.warns(UserWarning, match="its body is wrapped"):
+        patch = rf.patch("toy")
+    with patch:
         assert patch.kept == {"toy.maths.Loss.forward": "its body is wrapped by somebody else"}
         assert loss().forward(1) == 200
 

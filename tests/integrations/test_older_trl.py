@@ -1,4 +1,4 @@
-"""rf.patch("trl") with an older TRL: every replaced function and loss, and DPO's trainer, in a process that finds it first."""
+"""rf.patch("trl") with an older TRL: its functions, its losses, DPO's trainer, in a process that finds it first."""
 
 import os
 import subprocess

@@ -70,7 +70,7 @@ def test_temperature_and_row_mask(ours, shape, seed, t, wants):
     agree(lambda z: ours[f](z, ids, t, mask), lambda z: THEIRS[f](z, ids, t, mask), logits)
     agree(lambda z: ours[both](z, ids, wants, t, mask), lambda z: THEIRS[both](z, ids, wants, t, mask), logits)
     for functions in (ours, THEIRS):
-        with pytest.raises(ValueError, match="temperature must be positive"):
+        with pytest.raises(ValueError, match="temperature must be"):
             functions[f](logits, ids, 0.0)
 
 

@@ -221,6 +221,17 @@ def test_half_precision_is_float32_inside():
         assert numbers == pytest.approx(expected[2]["train"][name], rel=1e-6)
 
 
+def test_the_share_of_pairs_in_half_precision_is_not_rounded():
+    inputs, logits, ref = pairs(torch.Generator().manual_seed(2), 7, 6)
+    self = trainer(beta=0.3, ref_model=Head(ref.bfloat16()))
+    self.model = Head(logits)
+    shares = [
+        dpo(methods, self, inputs, logits.bfloat16())[0][2]["train"]["rewards/accuracies"][0]
+        for methods in (OURS, THEIRS)
+    ]
+    assert shares == pytest.approx([3 / 7, 3 / 7], rel=1e-6)
+
+
 def test_the_bodies_are_known_and_another_one_stays(monkeypatch):
     names = tuple(f"trl.trainer.{k}_trainer.{k.upper()}Trainer._compute_loss" for k in ("grpo", "rloo", "dpo"))
     with rf.patch("trl") as patch:
@@ -233,7 +244,9 @@ def test_the_bodies_are_known_and_another_one_stays(monkeypatch):
         return 0.0
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", _compute_loss)
-    with pytest.warns(UserWarning, match=f"{names[0]} stays trl's own"), rf.patch("trl") as patch:
+    with pytest.warns(UserWarning, match=f"{names[0]} stays trl's own"):
+        patch = rf.patch("trl")
+    with patch:
         assert GRPOTrainer._compute_loss is _compute_loss
         reason = f"its body ({fingerprint(_compute_loss)}) is not one of those known"
         assert patch.kept == {names[0]: reason}

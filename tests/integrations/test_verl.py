@@ -133,9 +133,9 @@ def test_value_loss(ours, seed, mode, counts):
 def test_a_denominator_that_is_needed_and_a_mode_that_is_none(ours):
     logp, old, advantages, mask = batch(0)
     for functions in (ours, THEIRS):
-        with pytest.raises(ValueError, match="required when dp_size > 1"):
+        with pytest.raises(ValueError, match="batch_num_tokens"):
             functions["compute_value_loss"](logp, old, advantages, mask.long(), 0.5, dp_size=2)
-        with pytest.raises(ValueError, match="Invalid loss_agg_mode"):
+        with pytest.raises(ValueError, match="loss_agg_mode"):
             functions["compute_value_loss"](logp, old, advantages, mask.long(), 0.5, "mean")
 
 
