@@ -2,7 +2,9 @@
 
 import math
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from threading import Barrier
 
 import pytest
 import torch
@@ -144,6 +146,61 @@ def test_dpo(seed, rows, length, losses, beta, mode, precomputed):
     size = max(abs(x) for name in ("logps/chosen", "logps/rejected") for x in theirs[2][mode][name])
     same(ours, theirs, tolerance=1e-6 * max(1.0, size / 4))
     assert seen == expected == 5 + (int(inputs["attention_mask"].sum()) if mode == "train" else 0)
+
+
+class Process:
+    """One of two, each a thread: accelerate's collectives over both."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank, held, barrier):
+        self.rank, self.held, self.barrier, self.calls = rank, held, barrier, 0
+
+    def both(self, x):
+        self.calls += 1
+        self.held[self.rank] = x
+        self.barrier.wait(timeout=20)  # one that calls more often than the other would wait for ever
+        found = list(self.held)
+        self.barrier.wait(timeout=20)
+        return found
+
+    def reduce(self, x, reduction):
+        assert reduction == "sum"
+        return sum(self.both(x))
+
+    def gather(self, x):
+        return torch.cat([y.reshape(-1, *y.shape[1:]) for y in self.both(x)])
+
+    gather_for_metrics = gather
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("kind", "collectives"), [("grpo", 2), ("rloo", 2), ("dpo", 3)])
+def test_metrics_are_those_of_all_processes(kind, collectives, mode):
+    held, barrier = [None, None], Barrier(2)
+
+    def process(rank):
+        self = trainer(mode, beta=0.1)
+        self.accelerator = Process(rank, held, barrier)
+        generator = torch.Generator().manual_seed(rank)
+        if kind == "dpo":
+            inputs, logits, ref = pairs(generator, 3, 6)
+            self.ref_model, self.model = Head(ref), Head(logits).train(mode == "train")
+            call = lambda methods: dpo(methods, self, inputs, logits)[0]  # noqa: E731
+        else:
+            inputs, leaves = batch(generator, 4, 6)
+            call = lambda methods: run(methods[kind], self, inputs, leaves)  # noqa: E731
+        ours, calls = call(OURS), self.accelerator.calls
+        return ours, call(THEIRS), calls
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(process, (0, 1)))
+    for ours, theirs, calls in results:
+        same(ours, theirs, tolerance=5e-6 if kind == "dpo" else 1e-6)
+        assert calls == collectives
+    first, second = (ours[2] for ours, *_ in results)
+    assert first == second
+    assert results[0][0][0] != results[1][0][0]  # the losses are each process's own
 
 
 OTHER = {
