@@ -194,6 +194,7 @@ PEER = Peer(
             ("token_level_rewards, values, response_mask, gamma, lam",),
             compute_gae_advantage_return,
             registries=("ADV_ESTIMATOR_REGISTRY",),
+            bodies=("5c15039d7c901d3b",),  # 0.9.0 and 0.9.1, as of the two below
         ),
         Replacement(
             ALGOS,
@@ -204,6 +205,7 @@ PEER = Peer(
             ),
             compute_policy_loss_vanilla,
             registries=("POLICY_LOSS_REGISTRY",),
+            bodies=("57dafb01ebf02dc1",),
         ),
         Replacement(
             ALGOS,
@@ -213,6 +215,7 @@ PEER = Peer(
                 "batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None",
             ),
             compute_value_loss,
+            bodies=("1234c61d43d46114",),
         ),
     ),
 )

@@ -157,6 +157,25 @@ def test_the_registries_hold_ours_and_then_verls_again():
     assert losses.compute_value_loss is THEIRS["compute_value_loss"]
 
 
+def test_a_loss_of_another_body_stays(monkeypatch):
+    """verl's parameters stay the same while its config, which one of them is, gains options."""
+
+    def compute_policy_loss_vanilla(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
+        rollout_is_weights=None,
+    ):  # fmt: skip
+        return "a newer verl's"
+
+    with rf.patch("verl") as patch:
+        assert patch.kept == {}
+    monkeypatch.setattr(algos, "compute_policy_loss_vanilla", compute_policy_loss_vanilla)
+    with pytest.warns(UserWarning, match="compute_policy_loss_vanilla stays verl's own: its body"):
+        patch = rf.patch("verl")
+    with patch:
+        assert algos.compute_policy_loss_vanilla is compute_policy_loss_vanilla
+        assert len(patch.replaced) == 5
+
+
 def test_nan_in_the_padding_stays_there(ours):
     """verl multiplies by its mask, and NaN times 0 is NaN."""
     rewards, values, old, mask = batch(3)
