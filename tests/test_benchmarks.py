@@ -125,6 +125,19 @@ def test_an_interrupted_benchmark_keeps_its_rows(measured, monkeypatch, tmp_path
     assert "C3 64x1024, verl's time over ours: 301 (goal ≥ 300) ✓\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"), [((), []), (("quack",), ["Liger, quack"]), (None, ["verl", "Liger, quack"])]
+)
+def test_nothing_is_said_of_peers_that_nobody_asked_for(measured, monkeypatch, tmp_path, asked, said):
+    def cases(device, notes):
+        notes |= {"verl": "its formula is measured, for a reason", "Liger, quack": "need a GPU"}
+        yield "64x1024"
+
+    monkeypatch.setattr(bench_gae, "cases", cases)
+    record.run("gae", "cpu", tmp_path, peers=asked)
+    assert list(record.known(tmp_path, "cpu")["gae"]["notes"]) == said
+
+
 def test_compare_tells_what_became_slower(measured, tmp_path, capsys):
     old, new = tmp_path / "old", tmp_path / "new"
     run = ["bench", "--op", "gae,kl", "--device", "cpu", "--out"]
@@ -183,6 +196,7 @@ def old_file(folder, text):
             "gae has a row without",
         ),
         (["--out", lambda folder: old_file(folder, "")], "is not a folder"),
+        (["--out", lambda folder: old_file(folder, "") + "/now"], "old.json/now: Not a directory"),
     ],
 )
 def test_bad_input_of_bench(measured, monkeypatch, tmp_path, capsys, arguments, said):

@@ -226,7 +226,7 @@ def test_the_figures_of_the_migration_are_ours():
 
 
 def test_trl_has_the_fields_that_are_said_to_be_its():
-    config = pytest.importorskip("trl.experimental.ppo", reason="the last TRL with a PPO trainer is 1.10").PPOConfig
+    config = pytest.importorskip("trl.experimental.ppo", reason="the last TRL with a PPO trainer is 1.12").PPOConfig
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     for cell, *_ in table("TRL's `PPOConfig`"):
         names, said = re.findall(r"`(\w+)`", cell), re.findall(r"\((.*)\)", cell)[0]

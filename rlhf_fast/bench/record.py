@@ -14,6 +14,7 @@ import torch
 
 from rlhf_fast.bench import goals
 from rlhf_fast.bench.harness import copy_bandwidth, device_name, measure, read_bandwidth
+from rlhf_fast.bench.peers import wanted
 
 REST = "the cases after these"
 
@@ -92,6 +93,11 @@ def run(
         notes[REST], stopped = "interrupted", True
     except torch.OutOfMemoryError:
         notes[REST] = "the memory of the GPU is too small for them"
+    notes = {
+        name: why
+        for name, why in notes.items()
+        if name == REST or any(wanted(peer, peers) for peer in name.split(", "))
+    }
     if rows:
         finish(op, device, rows, notes, module.REMARK, folder)
     else:

@@ -61,6 +61,7 @@ def bench(
     old = {place: comparison.load(Path(compare), place) for place in places} if compare else {}
     if compare and not any(set(names) & set(records) for records in old.values()):
         raise ValueError(f"{compare} has no results of {', '.join(names)}")
+    folder.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of measurement
     facts = environment(places)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     record.touch_memory()

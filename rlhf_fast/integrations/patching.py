@@ -5,10 +5,12 @@ import io
 import sys
 import textwrap
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from hashlib import sha256
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from threading import RLock
 from typing import Any, NamedTuple
 
 #: The libraries that `patch` knows, each with a module here that says what is replaced.
@@ -49,6 +51,7 @@ class Swap(NamedTuple):
 
 #: The patches in force, in the order in which they were applied.
 _APPLIED: list["Patch"] = []
+_LOCK = RLock()
 
 
 class Patch:
@@ -71,16 +74,17 @@ class Patch:
             RuntimeError: the patch is not in force any more, a later one still is, or somebody else has replaced one of
                 its functions since. Then nothing is changed.
         """
-        if self not in _APPLIED:
-            raise RuntimeError(f"patch({self.peer!r}) was undone before")
-        if _APPLIED[-1] is not self:
-            raise RuntimeError(f"undo patch({_APPLIED[-1].peer!r}) before patch({self.peer!r}), which is the older one")
-        for swap in self._swaps:
-            if vars(swap.owner).get(swap.name) is not swap.replacement:
-                raise RuntimeError(f"{swap.path} was replaced by somebody else since: undo that before this patch")
-        for swap in self._swaps:
-            _exchange(swap, swap.replacement, swap.original)
-        _APPLIED.remove(self)
+        with _LOCK:
+            if self not in _APPLIED:
+                raise RuntimeError(f"patch({self.peer!r}) was undone before")
+            if (last := _APPLIED[-1]) is not self:
+                raise RuntimeError(f"undo patch({last.peer!r}) before patch({self.peer!r}), which is the older one")
+            for swap in self._swaps:
+                if vars(swap.owner).get(swap.name) is not swap.replacement:
+                    raise RuntimeError(f"{swap.path} was replaced by somebody else since: undo that before this patch")
+            for swap in self._swaps:
+                _exchange(swap, swap.replacement, swap.original)
+            _APPLIED.remove(self)
 
     def __enter__(self) -> "Patch":
         return self
@@ -98,7 +102,7 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
 
     Args:
         peer: ``"trl"``, ``"openrlhf"`` or ``"verl"``.
-        verbose: print a line for each function with the modules in which it was replaced, or why it was not.
+        verbose: print a line for each function with the modules in which it was replaced.
 
     Returns:
         The patch in force, a context manager too.
@@ -107,9 +111,17 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
         ValueError: an unknown peer.
         ModuleNotFoundError: a peer that is not installed, or one that lacks a library itself.
         RuntimeError: a version, or a function with parameters, that is not known; a peer that is patched already. In
-            each case nothing has been replaced. (A method that is known by its body stays the peer's own where that
-            is another: it is in ``kept``, with the reason.)
+            each case nothing has been replaced.
+
+    Warns:
+        UserWarning: a method that is known by its body, where that is another. It stays the peer's own and is in
+            ``kept``; the others are replaced, unless warnings are errors.
     """
+    with _LOCK:
+        return _apply(peer, verbose)
+
+
+def _apply(peer: str, verbose: bool) -> Patch:
     if peer not in PEERS:
         raise ValueError(f"patch: peer must be one of {', '.join(PEERS)}, got {peer!r}")
     if any(applied.peer == peer for applied in _APPLIED):
@@ -120,20 +132,26 @@ def patch(peer: str, *, verbose: bool = False) -> Patch:
     version = _version(peer)
     if not release(known.since) <= release(version) < release(known.until):
         raise RuntimeError(f"{peer} {version} is not known: patch takes {known.since} <= version < {known.until}")
-    there = [r for r in known.replacements if _has(r, version)]
+    swaps: list[Swap] = []
     kept: dict[str, str] = {}
-    swaps = []
-    for replacement in there:
+    for replacement in known.replacements:
+        if not _has(replacement, version):
+            continue
         if replacement.bodies and (reason := _unknown(replacement)):
             kept[f"{replacement.module}.{replacement.name}"] = reason
         else:
             swaps.append(_find(peer, version, replacement))
-    for swap in swaps:
-        places = _exchange(swap, swap.original, swap.replacement)
-        if verbose:
-            print(f"{peer} {version}: {swap.path} is rlhf_fast's in {', '.join(places)}")
-    for path, reason in kept.items() if verbose else ():
-        print(f"{peer} {version}: {path} stays {peer}'s own: {reason}")
+    for path, reason in kept.items():
+        warnings.warn(f"patch({peer!r}): {path} stays {peer}'s own: {reason}", stacklevel=3)
+    try:
+        for swap in swaps:
+            places = _exchange(swap, swap.original, swap.replacement)
+            if verbose:
+                print(f"{peer} {version}: {swap.path} is rlhf_fast's in {', '.join(places)}")
+    except BaseException:  # an interrupt too
+        for swap in swaps:
+            _exchange(swap, swap.replacement, swap.original)
+        raise
     _APPLIED.append(applied := Patch(peer, version, swaps, kept))
     return applied
 
@@ -181,7 +199,9 @@ def _unknown(replacement: Replacement) -> str:
         owner: Any = import_module(replacement.module)
         for part in classes:
             owner = getattr(owner, part)
-        body = fingerprint(vars(owner)[name])
+        if hasattr(method := vars(owner)[name], "__wrapped__"):  # of which inspect shows the source of what is inside
+            return "its body is wrapped by somebody else"
+        body = fingerprint(method)
     except (ImportError, RuntimeError, AttributeError, KeyError) as error:
         return f"it was not found ({type(error).__name__}: {error})"
     except (OSError, TypeError):
@@ -207,6 +227,9 @@ def _find(peer: str, version: str, replacement: Replacement) -> Swap:
         raise RuntimeError(f"{peer} {version} has no {path}: nothing was replaced")
     if (found := parameters(original)) not in replacement.signatures:
         raise RuntimeError(f"{path} of {peer} {version} takes ({found}), which is not known: nothing was replaced")
+    for registry in replacement.registries:
+        if not hasattr(module, registry):
+            raise RuntimeError(f"{peer} {version} has no {replacement.module}.{registry}: nothing was replaced")
     registries = tuple(getattr(module, registry) for registry in replacement.registries)
     return Swap(path, owner, name, original, replacement.replace(original), registries)
 
@@ -219,11 +242,11 @@ def _exchange(swap: Swap, old: Any, new: Any) -> list[str]:
     else:
         places = []
         for place, names in _modules():
-            held = [name for name, value in names.items() if value is old]
+            held = [name for name, value in list(names.items()) if value is old]  # another thread may import
             names.update(dict.fromkeys(held, new))
             places += [place] if held else []
     for registry in swap.registries:
-        registry.update({key: new for key, value in registry.items() if value is old})
+        registry.update({key: new for key, value in list(registry.items()) if value is old})
     return places
 
 

@@ -94,7 +94,7 @@ def _ordered(extras: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError("temperature must be positive")
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
 def _dtype(logits: Tensor, *others: Any) -> torch.dtype:

@@ -138,7 +138,7 @@ def _log(trainer: Any, tokens: Tokens, mask: Tensor, logps: Tensor, reference: T
     entropy, *logits = accelerator.gather_for_metrics(sums[None]).sum(0).tolist()
     of_chosen, of_rejected, right, seen = counts.sum(0).tolist()
     better, worse = (trainer.beta * (logps - reference)).chunk(2)
-    rows = torch.stack([better, worse, *logps.chunk(2), better - worse, (better > worse).to(better.dtype)], dim=1)
+    rows = torch.stack([better, worse, *logps.chunk(2), better - worse, (better > worse).float()], dim=1)
     means = accelerator.gather(rows).mean(0).tolist()
     if mode == "train":
         trainer._total_train_tokens += seen // getattr(trainer, "_tp_size", 1)  # since 1.13

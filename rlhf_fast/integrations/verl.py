@@ -151,11 +151,11 @@ def _aggregate(
 ) -> tuple[dict[str, Any], float]:
     """The arguments of `ppo_loss` for one of verl's modes, and what its loss is multiplied with."""
     if mode not in AGGREGATES:
-        raise ValueError(f"Invalid loss_agg_mode: {mode}")
+        raise ValueError(f"loss_agg_mode must be one of {', '.join(AGGREGATES)}, got {mode!r}")
     count = batch_num_tokens if mode == "token-mean" else None if mode == "token-sum" else global_batch_size
     if dp_size > 1 and count is None and mode != "token-sum":
-        what = "(global) batch_num_tokens" if mode == "token-mean" else "global_batch_size"
-        raise ValueError(f"{what} is required when dp_size > 1")
+        what = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+        raise ValueError(f"with dp_size {dp_size} the mode {mode} needs {what}, of all ranks")
     if isinstance(count, Tensor) and count.device != mask.device:
         count = float(count)
     factor = float(dp_size)
@@ -194,6 +194,7 @@ PEER = Peer(
             ("token_level_rewards, values, response_mask, gamma, lam",),
             compute_gae_advantage_return,
             registries=("ADV_ESTIMATOR_REGISTRY",),
+            bodies=("5c15039d7c901d3b",),  # 0.9.0 and 0.9.1, as of the two below
         ),
         Replacement(
             ALGOS,
@@ -204,6 +205,7 @@ PEER = Peer(
             ),
             compute_policy_loss_vanilla,
             registries=("POLICY_LOSS_REGISTRY",),
+            bodies=("57dafb01ebf02dc1",),
         ),
         Replacement(
             ALGOS,
@@ -213,6 +215,7 @@ PEER = Peer(
                 "batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None",
             ),
             compute_value_loss,
+            bodies=("1234c61d43d46114",),
         ),
     ),
 )

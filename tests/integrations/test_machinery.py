@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from functools import wraps
 from importlib import import_module
+from threading import Thread
 from types import ModuleType
 
 import pytest
@@ -174,15 +176,19 @@ BODY = fingerprint(tenfold)  # not that of the toy
         ),
     ],
 )
-def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, capsys, changes, reason):
-    """Then it stays as it is, and the others are replaced."""
+def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, changes, reason):
+    """Then it stays as it is, with a warning, and the others are replaced."""
     own = toy.run, sys.modules["toy.maths"].Loss.forward
     known(monkeypatch, *REPLACEMENTS, forward=changes)
-    with rf.patch("toy", verbose=True) as patch:
+    with pytest.warns(UserWarning, match="stays toy's own") as warned:
+        patch = rf.patch("toy")
+    with patch:
         assert patch.replaced == ("toy.maths.double", "toy.maths.half")
         ((path, why),) = patch.kept.items()
         assert why.startswith(reason.format(fingerprint(own[1])))
-        assert f"toy 1.4.2: {path} stays toy's own: {why}\n" in capsys.readouterr().out
+        assert [(str(w.message), w.filename) for w in warned] == [
+            (f"patch('toy'): {path} stays toy's own: {why}", __file__)
+        ]
         assert sys.modules["toy.maths"].Loss.forward is own[1]
         assert toy.run(3) == (60, 60, -1.5)
     known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY, fingerprint(own[1]))})
@@ -194,8 +200,33 @@ def test_a_method_known_by_its_body_may_be_another(toy, monkeypatch, capsys, cha
 def test_a_body_whose_source_cannot_be_read(toy, monkeypatch):
     known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY,)})
     sys.modules["toy.maths"].Loss.forward = len  # nothing of Python's
-    with rf.patch("toy") as patch:
-        assert patch.kept == {"toy.maths.Loss.forward": "its source cannot be read"}
+    with pytest.warns(UserWarning, match=r"toy\.maths\.Loss\.forward stays toy's own"):
+        patch = rf.patch("toy")
+    patch.undo()
+    assert patch.kept == {"toy.maths.Loss.forward": "its source cannot be read"}
+
+
+def test_a_wrapper_of_somebody_elses_is_another_body(toy, monkeypatch):
+    """``functools.wraps`` shows the source of what it wraps: what the wrapper does would be lost."""
+    loss = sys.modules["toy.maths"].Loss
+    own = loss.forward
+    known(monkeypatch, *REPLACEMENTS, forward={"bodies": (fingerprint(own),)})
+    loss.forward = wraps(own)(lambda self, x: 100 * own(self, x))
+    with pytest.warns(UserWarning, match="its body is wrapped"):
+        patch = rf.patch("toy")
+    with patch:
+        assert patch.kept == {"toy.maths.Loss.forward": "its body is wrapped by somebody else"}
+        assert loss().forward(1) == 200
+
+
+def test_a_warning_that_is_an_error_leaves_everything_as_it_is(toy, monkeypatch):
+    known(monkeypatch, *REPLACEMENTS, forward={"bodies": (BODY,)})
+    body = fingerprint(sys.modules["toy.maths"].Loss.forward)
+    monkeypatch.setattr("warnings.filters", [("error", None, UserWarning, None, 0)])
+    refused(
+        UserWarning,
+        f"patch('toy'): toy.maths.Loss.forward stays toy's own: its body ({body}) is not one of those known",
+    )
 
 
 def test_a_fingerprint_is_of_what_the_body_does(tmp_path, monkeypatch):
@@ -219,6 +250,48 @@ def test_a_peer_that_lacks_a_library(toy, monkeypatch, tmp_path):
     (tmp_path / "toy" / "heavy.py").write_text("import no_such_library")
     known(monkeypatch, *REPLACEMENTS, half={"module": "toy.heavy"})
     refused(ModuleNotFoundError, "toy.heavy cannot be imported: No module named 'no_such_library'")
+
+
+def test_an_error_between_two_functions_takes_the_first_back(toy, monkeypatch):
+    class Closed:
+        lines = 0
+
+        def write(self, text):
+            self.lines += "\n" in text
+            if self.lines > 1:
+                raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    refused(BrokenPipeError, "nobody reads", lambda: rf.patch("toy", verbose=True))
+    rf.patch("toy").undo()
+
+
+def test_a_registry_that_is_gone(toy, monkeypatch):
+    known(monkeypatch, *REPLACEMENTS, double={"registries": ("GONE",)})
+    refused(RuntimeError, "toy 1.4.2 has no toy.maths.GONE: nothing was replaced")
+
+
+def test_of_two_threads_one_is_refused(toy, monkeypatch):
+    other, found = [], []
+
+    def second():
+        try:
+            found.append(rf.patch("toy"))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    def slow(original):
+        if not other:
+            other.append(Thread(target=second))
+            other[0].start()
+            other[0].join(timeout=0.2)  # time enough for it to get past a check that does not wait
+        return tenfold(original)
+
+    known(monkeypatch, *REPLACEMENTS, double={"replace": slow})
+    with rf.patch("toy"):
+        other[0].join()
+        assert found == ["patch('toy') is in force already: undo it first"]
+    assert toy.run(3) == (6, 6, 1.5)
 
 
 def test_functions_of_other_versions_are_not_looked_for(toy, monkeypatch):

@@ -70,7 +70,7 @@ def test_temperature_and_row_mask(ours, shape, seed, t, wants):
     agree(lambda z: ours[f](z, ids, t, mask), lambda z: THEIRS[f](z, ids, t, mask), logits)
     agree(lambda z: ours[both](z, ids, wants, t, mask), lambda z: THEIRS[both](z, ids, wants, t, mask), logits)
     for functions in (ours, THEIRS):
-        with pytest.raises(ValueError, match="temperature must be positive"):
+        with pytest.raises(ValueError, match="temperature must be"):
             functions[f](logits, ids, 0.0)
 
 
@@ -239,8 +239,8 @@ def vowels(completions, **_):
     return [sum(c in "aeiou" for c in text) / 10 for text in completions]
 
 
-def train(tmp_path, kind, make, **options):
-    """The losses and entropies of a few steps, and the parameters after them."""
+def make_trainer(tmp_path, kind, make, of=lambda trainer_class: trainer_class, **options):
+    """A trainer of a tiny model; ``of`` makes a subclass."""
     from datasets import Dataset
 
     tokenizer = tiny_tokenizer()
@@ -254,18 +254,21 @@ def train(tmp_path, kind, make, **options):
     }  # fmt: skip
     if kind == "dpo":
         config = trl.DPOConfig(**basics, **{"per_device_train_batch_size": 4, "max_length": 64} | options)
-        trainer = trl.DPOTrainer(model, args=config, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+        trainer_class, rows, given = trl.DPOTrainer, PAIRS, {}
     else:
         config_class, trainer_class = KIND[kind]
         options = {"num_generations": 4, "max_completion_length": 8, "beta": 0.05, "num_iterations": 2} | options
         config = config_class(**basics, per_device_train_batch_size=8, **options)
-        trainer = trainer_class(
-            model,
-            reward_funcs=vowels,
-            args=config,
-            train_dataset=Dataset.from_list(PROMPTS),
-            processing_class=tokenizer,
-        )
+        rows, given = PROMPTS, {"reward_funcs": vowels}
+    rows = Dataset.from_list(rows)
+    return of(trainer_class)(
+        model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, **given
+    )
+
+
+def train(tmp_path, kind, make, **options):
+    """The losses and entropies of a few steps, and the parameters after them."""
+    trainer = make_trainer(tmp_path, kind, make, **options)
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert len(logs) == 3
@@ -315,3 +318,32 @@ def test_the_trainers_take_the_same_steps(tmp_path, run, monkeypatch):
     torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
     assert utils.selective_log_softmax is THEIRS["selective_log_softmax"]
+
+
+def doubled(trainer_class):
+    """A user's subclass, on top of TRL's loss."""
+
+    class Doubled(trainer_class):
+        def _compute_loss(self, *args):
+            return 2 * super()._compute_loss(*args)
+
+    return Doubled
+
+
+@pytest.mark.parametrize("kind", LOGGED)
+def test_a_subclass_that_was_there_before_is_evaluated_alike(tmp_path, kind, monkeypatch):
+    trainer = make_trainer(tmp_path, kind, tiny_gpt2, of=doubled)
+
+    def evaluate():
+        torch.manual_seed(3)  # completions are drawn
+        found = trainer.evaluate()
+        return {k: v for k, v in found.items() if not k.endswith(("runtime", "per_second", "step_time"))}
+
+    expected, calls = evaluate(), []
+    name = "trl_dpo.dpo_loss" if kind == "dpo" else "trl_losses.ppo_loss"
+    count = lambda *a, **k: calls.append(1) or getattr(rf, name.split(".")[1])(*a, **k)  # noqa: E731
+    monkeypatch.setattr(f"rlhf_fast.integrations.{name}", count)
+    with rf.patch("trl"):
+        assert evaluate() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert calls
+    assert evaluate() == expected  # after undo TRL's own again

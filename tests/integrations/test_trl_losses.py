@@ -2,7 +2,9 @@
 
 import math
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from threading import Barrier
 
 import pytest
 import torch
@@ -146,6 +148,61 @@ def test_dpo(seed, rows, length, losses, beta, mode, precomputed):
     assert seen == expected == 5 + (int(inputs["attention_mask"].sum()) if mode == "train" else 0)
 
 
+class Process:
+    """One of two, each a thread: accelerate's collectives over both."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank, held, barrier):
+        self.rank, self.held, self.barrier, self.calls = rank, held, barrier, 0
+
+    def both(self, x):
+        self.calls += 1
+        self.held[self.rank] = x
+        self.barrier.wait(timeout=20)  # one that calls more often than the other would wait for ever
+        found = list(self.held)
+        self.barrier.wait(timeout=20)
+        return found
+
+    def reduce(self, x, reduction):
+        assert reduction == "sum"
+        return sum(self.both(x))
+
+    def gather(self, x):
+        return torch.cat([y.reshape(-1, *y.shape[1:]) for y in self.both(x)])
+
+    gather_for_metrics = gather
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("kind", "collectives"), [("grpo", 2), ("rloo", 2), ("dpo", 3)])
+def test_metrics_are_those_of_all_processes(kind, collectives, mode):
+    held, barrier = [None, None], Barrier(2)
+
+    def process(rank):
+        self = trainer(mode, beta=0.1)
+        self.accelerator = Process(rank, held, barrier)
+        generator = torch.Generator().manual_seed(rank)
+        if kind == "dpo":
+            inputs, logits, ref = pairs(generator, 3, 6)
+            self.ref_model, self.model = Head(ref), Head(logits).train(mode == "train")
+            call = lambda methods: dpo(methods, self, inputs, logits)[0]  # noqa: E731
+        else:
+            inputs, leaves = batch(generator, 4, 6)
+            call = lambda methods: run(methods[kind], self, inputs, leaves)  # noqa: E731
+        ours, calls = call(OURS), self.accelerator.calls
+        return ours, call(THEIRS), calls
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(process, (0, 1)))
+    for ours, theirs, calls in results:
+        same(ours, theirs, tolerance=5e-6 if kind == "dpo" else 1e-6)
+        assert calls == collectives
+    first, second = (ours[2] for ours, *_ in results)
+    assert first == second
+    assert results[0][0][0] != results[1][0][0]  # the losses are each process's own
+
+
 OTHER = {
     "cispo": ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}),
     "sapo": ("grpo", {"loss_type": "sapo"}),
@@ -221,7 +278,18 @@ def test_half_precision_is_float32_inside():
         assert numbers == pytest.approx(expected[2]["train"][name], rel=1e-6)
 
 
-def test_the_bodies_are_known_and_another_one_stays(monkeypatch, capsys):
+def test_the_share_of_pairs_in_half_precision_is_not_rounded():
+    inputs, logits, ref = pairs(torch.Generator().manual_seed(2), 7, 6)
+    self = trainer(beta=0.3, ref_model=Head(ref.bfloat16()))
+    self.model = Head(logits)
+    shares = [
+        dpo(methods, self, inputs, logits.bfloat16())[0][2]["train"]["rewards/accuracies"][0]
+        for methods in (OURS, THEIRS)
+    ]
+    assert shares == pytest.approx([3 / 7, 3 / 7], rel=1e-6)
+
+
+def test_the_bodies_are_known_and_another_one_stays(monkeypatch):
     names = tuple(f"trl.trainer.{k}_trainer.{k.upper()}Trainer._compute_loss" for k in ("grpo", "rloo", "dpo"))
     with rf.patch("trl") as patch:
         assert set(names) < set(patch.replaced)
@@ -233,10 +301,11 @@ def test_the_bodies_are_known_and_another_one_stays(monkeypatch, capsys):
         return 0.0
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", _compute_loss)
-    with rf.patch("trl", verbose=True) as patch:
+    with pytest.warns(UserWarning, match=f"{names[0]} stays trl's own"):
+        patch = rf.patch("trl")
+    with patch:
         assert GRPOTrainer._compute_loss is _compute_loss
         reason = f"its body ({fingerprint(_compute_loss)}) is not one of those known"
         assert patch.kept == {names[0]: reason}
         assert set(names[1:]) < set(patch.replaced)
-        assert f"{names[0]} stays trl's own: {reason}\n" in capsys.readouterr().out
     assert GRPOTrainer._compute_loss is _compute_loss

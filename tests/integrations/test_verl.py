@@ -133,9 +133,9 @@ def test_value_loss(ours, seed, mode, counts):
 def test_a_denominator_that_is_needed_and_a_mode_that_is_none(ours):
     logp, old, advantages, mask = batch(0)
     for functions in (ours, THEIRS):
-        with pytest.raises(ValueError, match="required when dp_size > 1"):
+        with pytest.raises(ValueError, match="batch_num_tokens"):
             functions["compute_value_loss"](logp, old, advantages, mask.long(), 0.5, dp_size=2)
-        with pytest.raises(ValueError, match="Invalid loss_agg_mode"):
+        with pytest.raises(ValueError, match="loss_agg_mode"):
             functions["compute_value_loss"](logp, old, advantages, mask.long(), 0.5, "mean")
 
 
@@ -155,6 +155,25 @@ def test_the_registries_hold_ours_and_then_verls_again():
     assert algos.get_policy_loss_fn("vanilla") is THEIRS["compute_policy_loss_vanilla"]
     assert algos.get_adv_estimator_fn("gae") is THEIRS["compute_gae_advantage_return"]
     assert losses.compute_value_loss is THEIRS["compute_value_loss"]
+
+
+def test_a_loss_of_another_body_stays(monkeypatch):
+    """verl's parameters stay the same while its config, which one of them is, gains options."""
+
+    def compute_policy_loss_vanilla(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
+        rollout_is_weights=None,
+    ):  # fmt: skip
+        return "a newer verl's"
+
+    with rf.patch("verl") as patch:
+        assert patch.kept == {}
+    monkeypatch.setattr(algos, "compute_policy_loss_vanilla", compute_policy_loss_vanilla)
+    with pytest.warns(UserWarning, match="compute_policy_loss_vanilla stays verl's own: its body"):
+        patch = rf.patch("verl")
+    with patch:
+        assert algos.compute_policy_loss_vanilla is compute_policy_loss_vanilla
+        assert len(patch.replaced) == 5
 
 
 def test_nan_in_the_padding_stays_there(ours):
