@@ -276,23 +276,25 @@ def check_packing(model: Any, *, before: Tensor | None = None) -> None:
     if "position_ids" not in accepts(model):
         raise ValueError(f"{name} takes no position_ids, so that its sequences cannot be packed")
     try:
-        alone, beside = _trial(model)
-    except Exception as error:  # of code that is not ours: a mask made otherwise, a model without a base model
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{name} cannot read packed sequences ({first}): use packing=false") from error
+        alone, beside, error = _trial(model)
+    except Exception as fault:  # of code that is not ours: a mask made otherwise, a model without a base model
+        first = str(fault).partition("\n")[0]
+        raise ValueError(f"{name} cannot read packed sequences ({first}): use packing=false") from fault
     alone = alone if before is None else before
-    allowed = (3e-2 if uses_varlen(model) and not uses_rows(model) else 1e-3) * alone.abs().max()
-    if not (alone - beside).abs().max() <= allowed:
+    if not (alone - beside).abs().max() <= error * alone.abs().max():
         raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")
 
 
 @torch.no_grad()
-def _trial(model: Any) -> tuple[Tensor, Tensor]:
-    """The hidden states of a sequence that stands alone, and behind another: of more than 128 tokens, if it can."""
-    device, flash = next(model.parameters()).device, uses_varlen(model) and not uses_rows(model)
-    room = 4 if flash else max((context_length(model) or 163) - 3, 1)  # rounding differs more, the more there is
-    long = ([2, 1, 3, 1] * 40)[:room]
-    sequences = [([1, 2, 3], [True] * 3), (long, [True] * len(long))]
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flash):
-        beside = _packed_hidden(model, pack([sequences], 0, device))[0, 3:].float()
-        return _packed_hidden(model, pack([sequences[1:]], 0, device))[0].float(), beside
+def _trial(model: Any) -> tuple[Tensor, Tensor, float]:
+    """The hidden states of a sequence that stands alone, and behind another, and what rounding may be of the largest.
+
+    It has more than 128 tokens where the context does, but in half precision, whose noise grows with them.
+    """
+    weight, flash = next(model.parameters()), uses_varlen(model) and not uses_rows(model)
+    rough = flash or weight.dtype in (torch.bfloat16, torch.float16)
+    long = ([2, 1, 3, 1] * 40)[: 4 if rough else max((context_length(model) or 163) - 3, 1)]
+    both = [([1, 2, 3], [True] * 3), (long, [True] * len(long))]
+    with evaluating(model), torch.autocast(weight.device.type, torch.bfloat16, enabled=flash):
+        alone, row = (_packed_hidden(model, pack([some], 0, weight.device))[0].float() for some in (both[1:], both))
+    return alone, row[3:], 3e-2 if rough else 1e-3

@@ -209,6 +209,13 @@ def test_a_row_must_give_what_the_model_gave_before():
         assert uses_rows(model) == decoder
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_weights_of_half_precision_are_no_reason_to_refuse(make, dtype):
+    """A teacher or a reference may be given so; what rounding moves is more than a thousandth."""
+    prepare([make().to(dtype)], CPU, SimpleNamespace(packing=True, precision="fp32"))
+
+
 def test_blocks_of_tokens_are_noticed(monkeypatch):
     """DeepSeek V4 attends to summaries of 128 tokens, whichever sequence of the row they are of."""
     model = tiny_llama(max_position_embeddings=256)
