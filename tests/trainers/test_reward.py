@@ -301,7 +301,8 @@ def test_the_margins_of_every_evaluation_are_kept(tmp_path):
 
 def test_a_batch_that_teaches_nothing_changes_nothing():
     ties = {"prompt": "the", "responses": [" good", " bad"], "scores": [1, 1]}
-    trainer = build([ties, *rankings(3)], schedule="constant", weight_decay=0.0)
+    trainer = build([ties, *rankings(3)], schedule="constant", weight_decay=0.1, warmup_ratio=0.0)
+    assert trainer.step(trainer.examples[1:])["grad_norm"] > 0  # AdamW has moments now
     before = copy.deepcopy(trainer.model.state_dict())
     stats = trainer.step([trainer.examples[0]])
     assert (stats["loss"], stats["grad_norm"]) == (0.0, 0.0)
