@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import dispatch
 from rlhf_fast.attention import can_use_rows, layout, leave_rows, use_rows, uses_rows
 from rlhf_fast.data import pad
-from rlhf_fast.models import accepts, evaluating, scalar_head
+from rlhf_fast.models import accepts, context_length, evaluating, scalar_head
 from rlhf_fast.pretrained import silent, unwrap
 
 #: A single row has a multiple of so many tokens: oneDNN and compilers prepare a product for each new shape.
@@ -234,10 +234,13 @@ def prepare(readers: Sequence[Any], device: torch.device, config: Any, *, rows: 
 def _choose(model: Any, device: torch.device, precision: str, *, rows: bool) -> None:
     prefer_varlen(model, device, precision)
     if rows and device.type == "cpu" and can_use_rows(model):
+        before = None
+        with suppress(Exception):  # the check below says why
+            before = _trial(model)[0]
         use_rows(model)
         with suppress(ValueError):
-            return check_packing(model)
-        leave_rows(model)  # a model that makes its own mask
+            return check_packing(model, before=before)
+        leave_rows(model)  # a model that makes its own mask, or attends to other tokens than those before
     check_packing(model)
 
 
@@ -264,21 +267,34 @@ def uses_varlen(model: Any) -> bool:
     return uses_rows(model) or "flash" in str(getattr(unwrap(model).config, "_attn_implementation", ""))
 
 
-@torch.no_grad()
-def check_packing(model: Any) -> None:
-    """Raise ``ValueError`` where a sequence of ``model`` would see the others of its row, or it cannot read rows."""
+def check_packing(model: Any, *, before: Tensor | None = None) -> None:
+    """Raise ``ValueError`` where a sequence of ``model`` would see the others of its row, or it cannot read rows.
+
+    ``before``: what its backbone gave for the sequence of ``_trial`` when it attended in another way.
+    """
     name = type(unwrap(model)).__name__
     if "position_ids" not in accepts(model):
         raise ValueError(f"{name} takes no position_ids, so that its sequences cannot be packed")
-    device, flash = next(model.parameters()).device, uses_varlen(model) and not uses_rows(model)
-    sequences = [([1, 2, 3], [True] * 3), ([2, 1, 3, 1], [True] * 4)]
     try:
-        with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=flash):
-            beside = _packed_hidden(model, pack([sequences], 0, device))[0, 3:].float()
-            alone = _packed_hidden(model, pack([sequences[1:]], 0, device))[0].float()
-    except Exception as error:  # of code that is not ours: a mask made otherwise, a model without a base model
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{name} cannot read packed sequences ({first}): use packing=false") from error
-    allowed = (3e-2 if flash else 1e-3) * alone.abs().max()
-    if (alone - beside).abs().max() > allowed:
+        alone, beside, error = _trial(model)
+    except Exception as fault:  # of code that is not ours: a mask made otherwise, a model without a base model
+        first = str(fault).partition("\n")[0]
+        raise ValueError(f"{name} cannot read packed sequences ({first}): use packing=false") from fault
+    alone = alone if before is None else before
+    if not (alone - beside).abs().max() <= error * alone.abs().max():
         raise ValueError(f"the sequences of {name} see each other when they are packed: use packing=false")
+
+
+@torch.no_grad()
+def _trial(model: Any) -> tuple[Tensor, Tensor, float]:
+    """The hidden states of a sequence that stands alone, and behind another, and what rounding may be of the largest.
+
+    It has more than 128 tokens where the context does, but in half precision, whose noise grows with them.
+    """
+    weight, flash = next(model.parameters()), uses_varlen(model) and not uses_rows(model)
+    rough = flash or weight.dtype in (torch.bfloat16, torch.float16)
+    long = ([2, 1, 3, 1] * 40)[: 4 if rough else max((context_length(model) or 163) - 3, 1)]
+    both = [([1, 2, 3], [True] * 3), (long, [True] * len(long))]
+    with evaluating(model), torch.autocast(weight.device.type, torch.bfloat16, enabled=flash):
+        alone, row = (_packed_hidden(model, pack([some], 0, weight.device))[0].float() for some in (both[1:], both))
+    return alone, row[3:], 3e-2 if rough else 1e-3

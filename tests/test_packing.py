@@ -1,5 +1,6 @@
 """Packed sequences have the logits that they have alone; the rows are few and always the same."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_gpt2, tiny_llama
 
 from rlhf_fast import attention, dispatch
-from rlhf_fast.attention import can_use_rows, use_rows
+from rlhf_fast.attention import can_use_rows, use_rows, uses_rows
 from rlhf_fast.generate import decode
 from rlhf_fast.models import token_logits
 from rlhf_fast.packing import check_packing, first_fit, pack, packed_logits, prefer_varlen, prepare, uses_varlen
@@ -192,6 +193,43 @@ def test_a_model_that_cannot_read_rows_is_refused_in_one_sentence(monkeypatch):
     model = tiny_llama()
     monkeypatch.setattr(model.model, "forward", lambda **_: {}["mask"])
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot read packed sequences .* use packing=false"):
+        check_packing(model)
+
+
+def test_a_row_must_give_what_the_model_gave_before():
+    """A BERT that is no decoder sees the tokens after, too, and attention of rows would silently leave them out."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = SimpleNamespace(packing=True, precision="fp32")
+    for decoder in (False, True):
+        model = BertLMHeadModel(BertConfig(vocab_size=20, is_decoder=decoder, initializer_range=0.5, **sizes)).eval()
+        with nullcontext() if decoder else pytest.raises(ValueError, match="see each other when they are packed"):
+            prepare([model], CPU, config)
+        assert uses_rows(model) == decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_weights_of_half_precision_are_no_reason_to_refuse(make, dtype):
+    """A teacher or a reference may be given so; what rounding moves is more than a thousandth."""
+    prepare([make().to(dtype)], CPU, SimpleNamespace(packing=True, precision="fp32"))
+
+
+def test_blocks_of_tokens_are_noticed(monkeypatch):
+    """DeepSeek V4 attends to summaries of 128 tokens, whichever sequence of the row they are of."""
+    model = tiny_llama(max_position_embeddings=256)
+    inner = model.model.forward
+
+    def blocks(**given):
+        output = inner(**given)
+        whole = output.last_hidden_state[:, : output.last_hidden_state.shape[1] // 128 * 128].unflatten(1, (-1, 128))
+        output.last_hidden_state = output.last_hidden_state.clone()
+        output.last_hidden_state[:, 128:] += whole.mean((1, 2))
+        return output
+
+    monkeypatch.setattr(model.model, "forward", blocks)
+    with pytest.raises(ValueError, match="see each other when they are packed"):
         check_packing(model)
 
 

@@ -33,7 +33,7 @@ def drive(
     found = processes.gathered(lambda: run.open(total, resume=resume))[0]
     deafen = _listen(run)
     told = getattr(trainer, "on_step", None)
-    done, fault = 0, None
+    done, fault = 0, None  # steps: those of a loop of the caller's own, before this one, are among them
     attention = getattr(trainer, "attention", ())
     try:
         packing.take_up(attention)
@@ -41,8 +41,8 @@ def drive(
         if found is not None:
             trainer.restore(found)
             checkpoint.load_random(found, processes.rank())
-            done = trainer.done
-            run.say(f"going on after step {done}, from {found}")
+            run.say(f"going on after step {trainer.done}, from {found}")
+        done = run.bar.initial = run.bar.n = trainer.done
         for batch in trainer.batches():
             updates = trainer.updates
             try:

@@ -82,6 +82,8 @@ def _taken(folder: Path) -> ValueError:
 def _check_record(folder: Path, record: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless the run in the folder is that of ``record``, and unfinished."""
     there = _read(folder)
+    if not {"trainer", "config"} <= there.keys():
+        raise ValueError(f"{folder / RECORD} is damaged: it does not say which run is there, and none can go on")
     if there["trainer"] != record["trainer"]:
         raise ValueError(f"{folder} holds a run of {there['trainer']}, which {record['trainer']} cannot resume")
     if "finished" in there:
@@ -97,7 +99,7 @@ def _check_record(folder: Path, record: dict[str, Any]) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     """What run.json says; nothing if its process was killed when it wrote it."""
     try:
-        found: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        found = json.loads((folder / RECORD).read_text())
     except ValueError:
-        found = {}
-    return found
+        found = None
+    return found if isinstance(found, dict) else {}

@@ -240,14 +240,15 @@ class GRPOTrainer:
 
     def loss(self, rollout: Rollout, advantages: Tensor, count: Tensor) -> ops.PPOLossOutput:
         """Clipped policy loss of some responses of a minibatch; the KL is in it but for REINFORCE++."""
-        c, now = self.config, online.read(self.policy, rollout, self.config)
+        c, now, mask = self.config, online.read(self.policy, rollout, self.config), self.learned(rollout)
         priced = self.reference is not None and c.advantage != "reinforce_pp"
-        return ops.ppo_loss(
-            now.logprobs, rollout.old_logprobs, advantages, self.learned(rollout), cliprange=online.cliprange(c),
+        found = ops.ppo_loss(
+            now.logprobs, rollout.old_logprobs, advantages, mask, cliprange=online.cliprange(c),
             entropy=now.entropy, entropy_coef=c.entropy_coef, ref_logprobs=rollout.ref_logprobs if priced else None,
             kl_coef=c.kl_coef if priced else 0.0, kl=c.kl, dual_clip=c.dual_clip,
             aggregate="token_mean" if c.aggregate == "longest" else c.aggregate, denominator=count,
         )  # fmt: skip
+        return found._replace(stats=found.stats | {"filled": mask.sum() / count}) if c.aggregate == "longest" else found
 
     def after(self, step: int, run: Run) -> dict[str, float]:
         """Show samples where they are due."""

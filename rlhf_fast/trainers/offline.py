@@ -47,8 +47,10 @@ def summed(parts: Iterable[dict[str, Tensor]], backward: Callable[[Tensor], Any]
     return processes.summed(part)
 
 
-def update(trainer: Any, total: dict[str, Tensor]) -> dict[str, float]:
+def update(trainer: Any, total: dict[str, Tensor], *, terms: int = 1) -> dict[str, float]:
     """One optimizer step with the gradient in the weights, which is clipped and checked.
+
+    None where the loss has no ``terms``: AdamW's moments would move the weights all the same.
 
     ``total`` are the statistics of the batch, 0-d each, among them its ``loss``; returns them as numbers, with
     ``grad_norm`` and ``lr``.
@@ -59,9 +61,10 @@ def update(trainer: Any, total: dict[str, Tensor]) -> dict[str, float]:
     total = {name: value.to(norms.device) for name, value in total.items()}
     stats = learning.numbers(total | {"grad_norm": norms[0]})  # the only wait for the device
     learning.check_finite(optimizer, stats["loss"], [stats["grad_norm"]])
-    optimizer.step()
+    if terms:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    trainer.done, trainer.updates = trainer.done + 1, trainer.updates + 1
+    trainer.done, trainer.updates = trainer.done + 1, trainer.updates + (terms > 0)
     return stats | {"lr": rate}
 
 

@@ -14,6 +14,7 @@ from rlhf_fast.trainers import learning, processes, reading
 from rlhf_fast.trainers.run import Run, stream
 
 PROMPTS, SEEDS, MINIBATCHES, MORE = 0, 1, 2, 3  # what a random stream is for
+PER_TOKEN = ("entropy", "approx_kl", "clipfrac", "ratio_mean")  # statistics that are means over the tokens learned
 OLD, SCALES = ("recomputed", "sampler"), ("none", "std", "norm")  # choices of old_logprobs and scale_scores
 
 
@@ -211,13 +212,18 @@ def update(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...]) -> dict[
 
     ``trainer`` has ``config``, ``optimizer``, ``accelerator``, ``learners`` (prefix → model), ``done``, ``updates``,
     ``forward_size`` (responses per forward pass), ``count(rollout, rows)`` (the denominator of a minibatch) and
-    ``loss(part, *targets, count)``, where each target is ``[B, T]`` or ``[B]``. Returns the mean statistics.
+    ``loss(part, *targets, count)``, where each target is ``[B, T]`` or ``[B]``. A minibatch without a token to learn
+    is left out: AdamW's moments would move the weights all the same. Returns the mean statistics of the others.
     """
-    c, taken = trainer.config, []
+    c, taken, empty = trainer.config, [], []
     for epoch in range(c.ppo_epochs):
         order = torch.randperm(len(rollout), generator=stream(c.seed, MINIBATCHES, trainer.done, epoch))
         for rows in order.split(c.minibatch_size):
             stats = accumulate(trainer, rollout, targets, rows)
+            if stats["ratio_max"] == 0:  # of no token
+                empty.append(stats)
+                trainer.optimizer.zero_grad(set_to_none=True)
+                continue
             taken.append(stats)
             if c.stop_kl is not None and stats["approx_kl"] > c.stop_kl:
                 trainer.optimizer.zero_grad(set_to_none=True)
@@ -225,14 +231,15 @@ def update(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...]) -> dict[
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
             trainer.updates += 1
-    return learning.mean_of(taken)
+    return learning.mean_of(taken or empty)
 
 
 def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows: Tensor) -> dict[str, float]:
     """Leave the clipped gradient of the minibatch ``rows`` in the weights, micro-batch by micro-batch.
 
     The denominator is that of the minibatch, so that the split, and that among processes, changes no more than the
-    rounding.
+    rounding. Where it is not the number of tokens, the statistic ``filled`` of the loss, their share of it, tells how
+    to take the means over the tokens.
     """
     device = rollout.mask.device
     count = trainer.count(rollout, rows.to(device, non_blocking=True))
@@ -254,4 +261,5 @@ def accumulate(trainer: Any, rollout: Rollout, targets: tuple[Tensor, ...], rows
     names = [f"{prefix}grad_norm" for prefix in trainer.learners]
     numbers = learning.numbers(total | dict(zip(names, norms, strict=True)))  # the only wait for the device
     learning.check_finite(trainer.optimizer, numbers["loss"], [numbers[name] for name in names])
-    return numbers
+    filled = numbers.pop("filled", 1.0) or 1.0
+    return numbers | {name: numbers[name] / filled for name in PER_TOKEN}

@@ -154,7 +154,8 @@ class RewardTrainer:
     def step(self, batch: list[Any]) -> dict[str, float]:
         """One optimizer step on the mean loss of ``batch``; returns its statistics."""
         found = self.read(batch, learn=True)
-        return offline.update(self, {"loss": found["loss"].sum()} | statistics(self.kind, found)[0])
+        terms = sum(map(preferences.terms, batch))
+        return offline.update(self, {"loss": found["loss"].sum()} | statistics(self.kind, found)[0], terms=terms)
 
     def read(self, examples: list[Any], *, learn: bool = False) -> dict[str, Tensor]:
         """What is ``seen`` of ``examples``, and the ``loss`` of each micro-batch; every process reads its share.

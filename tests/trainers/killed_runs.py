@@ -60,6 +60,7 @@ def make(kind: str, folder: Path):
         config = rf.RewardConfig(epochs=3, normalise=True, eval_every=1, **numbers)
         return rf.RewardTrainer(tiny_gpt2(), data=STEPS, eval_data=STEPS, config=config, **common)
     if kind == "grpo":
+        numbers |= {"share": "hydra:1", "packing": True, "gradient_checkpointing": True, "precision": "bf16"}
         config = rf.GRPOConfig(steps=6, group_size=2, max_new_tokens=6, kl_coef=0.1, scale_scores="std", **numbers)
         return rf.GRPOTrainer(tiny_gpt2(), reward=noisy_reward, prompts=PROMPTS, config=config, **common)
     config = rf.PPOConfig(

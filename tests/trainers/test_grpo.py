@@ -171,6 +171,41 @@ def test_a_batch_of_which_nothing_ends_teaches_nothing(aggregate):
     assert all(torch.equal(before[name], weight) for name, weight in trainer.policy.state_dict().items())
 
 
+def test_a_minibatch_of_which_nothing_ends_leaves_the_weights_and_the_figures_alone():
+    """AdamW would go on from the minibatches before, and an entropy of 0 would be taken for that of a policy."""
+    trainer = build(learn_truncated=False, max_new_tokens=3, learning_rate=1e-3)
+    trainer.stop_ids = list(range(100))
+    assert trainer.step(trainer.prompts[:4])["grad_norm"] > 0
+    trainer.stop_ids, before = [], copy.deepcopy(trainer.policy.state_dict())
+    trainer.step(trainer.prompts[:4])
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.policy.state_dict().items())
+    assert (trainer.done, trainer.updates) == (2, 1)
+
+    rollout, scores, _ = trainer.rollout(trainer.prompts[:4])
+    found = []
+    for size in (3, 12):
+        trainer = build(learn_truncated=False, max_new_tokens=3, minibatch_size=size, learning_rate=0.0)
+        rollout.ended = torch.arange(12) == 5
+        found.append(trainer.update(rollout, scores))
+        assert trainer.updates == 1
+    names = "entropy", "ratio_mean", "approx_kl", "clipfrac"
+    assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+def test_what_is_counted_by_the_token_does_not_depend_on_the_room_for_others(micro):
+    found = []
+    for aggregate in ("token_mean", "longest"):
+        trainer = build(aggregate=aggregate, max_new_tokens=8, micro_batch_size=micro, old_logprobs="sampler")
+        trainer.stop_ids = list(range(200))
+        rollout, scores, _ = trainer.rollout(trainer.prompts[:4])
+        assert rollout.mask.sum() < 12 * 8 / 2
+        found.append(trainer.update(perturbed(trainer) and rollout, scores))
+    names = "entropy", "ratio_mean", "approx_kl", "clipfrac"
+    assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names], rel=1e-5)
+    assert found[0]["clipfrac"] > 0
+
+
 def test_without_a_price_there_is_no_reference():
     assert build().reference is None
     stats = build().step(build().prompts[:4])

@@ -150,6 +150,15 @@ def test_without_resume_the_run_is_refused_and_a_finished_one_always(stopped):
         sft(stopped).train(resume=True)
 
 
+@pytest.mark.parametrize("text", ["", "null", '{"trainer": "sf', '{"trainer": "sft"}'])
+def test_a_record_that_does_not_say_which_run_is_there(stopped, text):
+    (stopped / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is damaged: it does not say which run is there"):
+        sft(stopped).train(resume=True)
+    with pytest.raises(ValueError, match=r"already holds a run \(run\.json\)"):
+        sft(stopped).train()
+
+
 def test_a_run_that_has_no_checkpoint_yet_begins_again(stopped):
     shutil.rmtree(stopped / "checkpoints")
     resumed = sft(stopped)

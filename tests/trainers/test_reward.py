@@ -273,6 +273,16 @@ def test_the_training_data_are_the_calibration_data_if_there_are_no_others():
     assert trainer.train()["eval_score_mean"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_run_counts_the_steps_that_were_taken_before_it(tmp_path):
+    trainer = build(labels(20), eval_data=labels(20), normalise=True, epochs=2, save_every=1)
+    trainer.output_dir = tmp_path / "run"
+    trainer.step(next(trainer.batches()))
+    assert trainer.train()["eval_score_mean"] == pytest.approx(0, abs=1e-6)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, trainer.steps + 1))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{trainer.steps}").is_dir()
+
+
 def test_the_margins_of_every_evaluation_are_kept(tmp_path):
     trainer = build(pairs(16), eval_data=pairs(10, seed=1), eval_every=1)
     trainer.output_dir = tmp_path / "run"
@@ -291,7 +301,8 @@ def test_the_margins_of_every_evaluation_are_kept(tmp_path):
 
 def test_a_batch_that_teaches_nothing_changes_nothing():
     ties = {"prompt": "the", "responses": [" good", " bad"], "scores": [1, 1]}
-    trainer = build([ties, *rankings(3)], schedule="constant", weight_decay=0.0)
+    trainer = build([ties, *rankings(3)], schedule="constant", weight_decay=0.1, warmup_ratio=0.0)
+    assert trainer.step(trainer.examples[1:])["grad_norm"] > 0  # AdamW has moments now
     before = copy.deepcopy(trainer.model.state_dict())
     stats = trainer.step([trainer.examples[0]])
     assert (stats["loss"], stats["grad_norm"]) == (0.0, 0.0)

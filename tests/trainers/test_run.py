@@ -35,7 +35,7 @@ class Counter:
 
     def __init__(self, steps, at=None):
         self.steps, self.at = steps, at or {}
-        self.total = self.updates = 0
+        self.total = self.done = self.updates = 0
 
     def batches(self):
         return iter(range(1, self.steps + 1))
@@ -44,7 +44,7 @@ class Counter:
         if batch in self.at:
             self.at[batch](self)
         self.total += batch
-        self.updates += 1
+        self.done, self.updates = self.done + 1, self.updates + 1
         return {"loss": 1.0 / batch, "odd": math.nan}
 
     def after(self, step, run):
