@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_fast import dispatch
 from rlhf_fast.attention import can_use_rows, layout, leave_rows, use_rows, uses_rows
@@ -97,17 +97,14 @@ def spots(
     multiple of ``ROUND``. Only what the CPU knows is looked at, so that nothing waits for the device: that is the mask
     itself, ``counts``, where tokens of a response may not count, and the lengths alone where all of them do.
     """
-    width, before = ids.shape[1], ids.shape[1] - mask.shape[1]
-    prompts, answers = prompt_lengths.tolist(), lengths.tolist()
-    place, told, first = torch.zeros(mask.shape, dtype=torch.long), [], 0
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        where = range(answer) if counts is None else counts[i].nonzero().flatten().tolist()
-        place[i, list(where)] = torch.arange(first, first + len(where))
-        told.append([prompt - 1 + t for t in where])  # the prompt's last token predicts the first of the answer
-        first += len(where)
-    starts = [i * width + before - prompt for i, prompt in enumerate(prompts)]
-    laid = _lay(starts, [p + a for p, a in zip(prompts, answers, strict=True)], told, flat=flat)
-    source, positions, at, place = (x.to(ids.device, non_blocking=True) for x in (*laid, place))
+    width, before, column = ids.shape[1], ids.shape[1] - mask.shape[1], torch.arange(mask.shape[1])
+    counts = column < lengths[:, None] if counts is None else counts
+    starts = torch.arange(len(ids)) * width + before - prompt_lengths
+    source, positions, first = _lay(starts, prompt_lengths + lengths, flat=flat)
+    at = (first + prompt_lengths - 1)[:, None] + column  # the prompt's last token predicts the first of the answer
+    place = torch.where(counts, counts.flatten().cumsum(0).view(counts.shape) - 1, 0)
+    laid = source, positions, _filled(at[counts]), place
+    source, positions, at, place = (x.to(ids.device, non_blocking=True) for x in laid)
     rows = ids.flatten()[source]
     return Spots(Packed(rows, positions, at, rows.flatten().roll(-1)[at]), place, mask)
 
@@ -119,38 +116,40 @@ def pack_places(
 
     For what is read at a token and not before it: ``packed_values`` are then the scores at those places.
     """
-    lengths = [len(ids) for ids in sequences]
-    starts = [0, *itertools.accumulate(lengths)][:-1]
-    source, positions, at = _lay(starts, lengths, places, flat=flat)
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.long)
+    source, positions, first = _lay(lengths.cumsum(0) - lengths, lengths, flat=flat)
+    told = [start + place for start, some in zip(first.tolist(), places, strict=True) for place in some]
+    at = _filled(torch.tensor(told, dtype=torch.long))
     ids = torch.tensor([token for ids in sequences for token in ids])[source]
     found = ids, positions, at, ids.flatten()[at]
     return Packed(*(x.to(device, non_blocking=True) for x in found))
 
 
-def _lay(
-    starts: Sequence[int], lengths: Sequence[int], places: Sequence[Sequence[int]], *, flat: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``[R, L]`` where each token of the rows stands among all, ``[R, L]`` their positions, and ``[N]`` ``places``.
-
-    The sequences have ``lengths`` and begin at ``starts``; ``places`` are counted in each and found in the rows.
+def _lay(starts: Tensor, lengths: Tensor, *, flat: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``[R, L]`` where each token of the rows stands among all, ``[R, L]`` their positions, ``[S]`` where in R * L each
+    of the sequences begins that have ``lengths [S]`` and stood from ``starts [S]`` on.
     """
-    longest = max(*lengths, 1) if lengths else 1
-    room = _rounded(sum(lengths)) if flat else longest
-    rows = first_fit(lengths, room)
-    source = torch.zeros(len(rows), room, dtype=torch.long)  # what stands behind the last sequence nobody sees
-    positions, moved = torch.zeros_like(source), [0] * len(lengths)
+    sizes, total = lengths.tolist(), int(lengths.sum())
+    longest = max(*sizes, 1) if sizes else 1
+    room = _rounded(total) if flat else longest
+    rows, begin = first_fit(sizes, room), [0] * len(sizes)
     for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            end = start + lengths[i]
-            source[r, start:end] = torch.arange(starts[i], starts[i] + lengths[i])
-            positions[r, start:end] = torch.arange(lengths[i])
-            moved[i], start = r * room + start, end
-        if flat:  # what is left of the one row is filled with sequences no longer than the others
-            positions[r, start:] = torch.arange(room - start) % longest
-    at = [first + place for first, some in zip(moved, places, strict=True) for place in some]
-    at += [0] * (_rounded(len(at)) - len(at))
-    return source, positions, torch.tensor(at)
+        for i, start in zip(row, itertools.accumulate((sizes[i] for i in row), initial=r * room), strict=False):
+            begin[i] = start
+    first = torch.tensor(begin, dtype=torch.long)
+    inside = torch.arange(total) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    here = first.repeat_interleave(lengths) + inside
+    source, positions = torch.zeros(2, len(rows) * room, dtype=torch.long)  # what is too much nobody sees
+    source[here] = starts.repeat_interleave(lengths) + inside
+    positions[here] = inside
+    if flat:  # what is left of the one row is filled with sequences no longer than the others
+        positions[total:] = torch.arange(len(positions) - total) % longest
+    return source.view(-1, room), positions.view(-1, room), first
+
+
+def _filled(at: Tensor) -> Tensor:
+    """``at`` with as many zeros as make its length a multiple of ``ROUND``."""
+    return nn.functional.pad(at, (0, _rounded(len(at)) - len(at)))
 
 
 def _rounded(count: int) -> int:
