@@ -171,7 +171,7 @@ def measure(
     peaks = [peak_bytes(turning(case.ours, case.inputs), device) for _ in range(3)]
     peak = None if None in peaks else max(peaks)
     if peak is not None and peak < 0.9 * case.gradient:
-        peak = None  # the gradient alone is new memory: the process held some that it had freed
+        peak = None  # the gradient alone is new memory: pages of others went meanwhile, as where memory is short
     row["peak MiB"] = None if peak is None else peak / 2**20
     if case.gradient and peak is not None:
         row["peak / gradient"] = peak / case.gradient
