@@ -15,12 +15,18 @@ DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "kernels.md").read_text(encoding="utf-8")
 
 
+def raw_call():
+    """The page's two Python blocks, and the names that the first leaves."""
+    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict = {}
+    exec(first, names)
+    return first, second, names
+
+
 @pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
 def test_the_raw_call_computes_what_it_says():
     np = pytest.importorskip("numpy")
-    snippet, _ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    names: dict = {}
-    exec(snippet, names)
+    snippet, _, names = raw_call()
     (printed,) = re.findall(r"print\(advantages.round\(3\)\) +# (.*)", snippet)
     assert str(names["advantages"].round(3)) == printed
     # By hand: 1 - .3, then .3 - .4 + .95 * .7, then .4 - .5 + .95 * .565.
@@ -35,9 +41,7 @@ def test_the_raw_call_computes_what_it_says():
 @pytest.mark.skipif(isinstance(dispatch.extension("_cpu"), str), reason="the C++ kernels were not built here")
 def test_tensors_of_other_libraries_come_by_dlpack():
     np = pytest.importorskip("numpy")
-    snippet, dlpack = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    names: dict = {}
-    exec(snippet, names)
+    _, dlpack, names = raw_call()
     exact = np.array([np.exp(1) / (1 + np.exp(1)), np.exp(3) / (1 + np.exp(3))])  # of two logits 1 and 3 apart
     parts = dlpack.split("\n\n")
     assert len(parts) == 3
