@@ -1,4 +1,4 @@
-"""One step of PPO and of GRPO against TRL's, from the same random weights on the same prompts, phase by phase.
+"""One step of PPO and of GRPO against TRL's and TRL's patched, from the same random weights and prompts, by phase.
 
 ``python benchmarks/bench_trainers.py [ppo|grpo ...]`` in an environment that has both (docs/trainers-benchmark.md).
 Each side is a process of its own, so that its peak of memory is its own; they take turns, a step each, and one waits
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainer_sides import PHASES, Turns, ours, theirs
 
-SIDES = ("ours", "TRL")
+SIDES = ("ours", "TRL", "patched")
 TRL_VERSION = "1.10.0"
 
 
@@ -52,7 +52,7 @@ class Worker:
 
 
 def compare(algorithm: str, args: argparse.Namespace, flags: list[str]) -> dict:
-    """Steps of both sides in turn; the first of each, in which caches are filled, is not counted."""
+    """Steps of the sides in turn; the first of each, in which caches are filled, is not counted."""
     workers = {side: Worker(side, algorithm, flags) for side in SIDES}
     steps: dict[str, list[dict]] = {side: [] for side in SIDES}
     try:
@@ -71,13 +71,13 @@ def compare(algorithm: str, args: argparse.Namespace, flags: list[str]) -> dict:
 
 
 def show(algorithm: str, found: dict) -> None:
-    """A table: each phase of both sides in seconds, and how many times ours TRL takes."""
+    """A table: each phase of the sides in seconds, and how many times ours, and the patched TRL's, TRL takes."""
     print(f"\n{algorithm}: one step, medians of {len(found['steps']['ours']) - 1} each, in turn")
-    print(f"{'':12}{'ours':>10}{'TRL':>10}{'TRL / ours':>12}")
+    print(f"{'':12}" + "".join(f"{side:>10}" for side in SIDES) + f"{'TRL / ours':>12}{'TRL / patched':>15}")
     for name in (*PHASES, "step", "cpu", "MiB"):
-        mine, other = (found[side][name] for side in SIDES)
-        ratio = f"{other / mine:12.2f}" if min(mine, other) > 1e-3 else ""
-        print(f"{name + (' s' if name != 'MiB' else ''):12}{mine:10.3f}{other:10.3f}{ratio}")
+        mine, other, patched = taken = [found[side][name] for side in SIDES]
+        ratios = f"{other / mine:12.2f}{other / patched:15.2f}" if min(taken) > 1e-3 else ""
+        print(f"{name + (' s' if name != 'MiB' else ''):12}" + "".join(f"{x:10.3f}" for x in taken) + ratios)
 
 
 #: What is measured, by default the case of the docs; a model of another size, other prompts, other batches.

@@ -1,4 +1,4 @@
-"""The two sides of bench_trainers.py: one step of our trainer or of TRL's when it is asked for, timed by phase."""
+"""The sides of bench_trainers.py: one step of our trainer or of TRL's, patched or not, when asked for, timed by phase."""
 
 import argparse
 import json
@@ -173,8 +173,13 @@ def ours(args: argparse.Namespace, turns: Turns) -> None:
 
 
 def theirs(args: argparse.Namespace, turns: Turns) -> None:
-    """TRL's trainer; its callback at the end of a step answers and waits."""
+    """TRL's trainer, perhaps with our functions in it; its callback at the end of a step answers and waits."""
     from transformers import TrainerCallback
+
+    if args.side == "patched":
+        import rlhf_fast as rf
+
+        rf.patch("trl", verbose=True)
 
     class Answer(TrainerCallback):
         def on_step_end(self, *_, **__):
