@@ -54,6 +54,7 @@ def test_the_defaults_of_the_table_are_those_of_a_config(tmp_path):
 def test_the_table_has_every_argument():
     listed = {name for cell, *_ in table("TRL's `PPOTrainer`") for name in re.findall(r"`(\w+)`", cell)}
     assert listed == inspect.signature(PPOTrainer).parameters.keys()
+    assert [*inspect.signature(PPOTrainer.train).parameters] == ["self"]  # no checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The last PPO trainer of TRL: what docs/from-trl-ppo.md says of it, and rf.patch("trl") under it.
+"""The steps of TRL's last PPO trainer: as docs/from-trl-ppo.md says, like ours, and the same under rf.patch("trl").
 
 test_trl_ppo.py runs this file, in a process that finds a TRL with that trainer.
 """
@@ -81,10 +81,9 @@ def watch(monkeypatch, name) -> list[SimpleNamespace]:
         found = function(*args, **kwargs)
         frame = sys._getframe(1)
         if frame.f_code.co_name == "train":
-            held = {k: v for k, v in frame.f_locals.items() if isinstance(v, Tensor | np.ndarray)}
-            kept.append(
-                SimpleNamespace(**{k: torch.as_tensor(v).detach().clone() for k, v in held.items()}, found=found)
-            )
+            held = {k: torch.tensor(v) for k, v in frame.f_locals.items() if isinstance(v, np.ndarray)}
+            held |= {k: v.detach().clone() for k, v in frame.f_locals.items() if isinstance(v, Tensor)}
+            kept.append(SimpleNamespace(**held, found=found))
         return found
 
     monkeypatch.setattr(ppo_trainer, name, watching)
@@ -112,52 +111,92 @@ def test_the_trainer_takes_the_same_steps_with_a_patch(tmp_path, options, monkey
     assert (after - start).abs().max() > 0.01
 
 
-def test_its_convention_is_the_function_of_the_page(tmp_path, monkeypatch):
-    """Of a batch whose responses have several lengths: masks, rewards, advantages, returns and both losses."""
-    batches, means = watch(monkeypatch, "masked_whiten"), watch(monkeypatch, "masked_mean")
-    trainer = trl_trainer(tmp_path, stop_token="eos", response_length=12, gamma=0.9, kl_coef=0.3, temperature=1.0)
-    ending(trainer)
-    logged = train(trainer)
-    lengths, names = set(), {"rf": rf}
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """Two updates on responses of several lengths: the trainer, what it logged, its batches and its micro-batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        batches, means = watch(patch, "masked_whiten"), watch(patch, "masked_mean")
+        folder = tmp_path_factory.mktemp("ragged")
+        trainer = trl_trainer(folder, stop_token="eos", response_length=12, gamma=0.9, kl_coef=0.3, temperature=1.0)
+        ending(trainer)
+        logged = train(trainer)
+    micro = means[3::4]  # of its four means the last
+    assert (len(batches), len(micro)) == (2, 8)
+    return SimpleNamespace(trainer=trainer, logged=logged, batches=batches, micro=micro)
+
+
+def masks(trainer, responses) -> tuple[Tensor, Tensor]:
+    """What counts, up to and including the end token; and one column more."""
+    ends = responses == trainer.processing_class.eos_token_id
+    mask = ends.cumsum(1) - ends.long() == 0
+    return mask, torch.arange(responses.shape[1]) <= mask.sum(1, keepdim=True)
+
+
+def test_its_masks_rewards_and_advantages_are_those_of_the_function_of_the_page(ragged):
+    names = {"rf": rf}
     exec(next(block["code"] for block in BLOCK.finditer(page("from-trl-ppo.md")) if "def " in block["code"]), names)
-    for b in batches:
-        column = torch.arange(b.responses.shape[1])
-        eos = b.responses == trainer.processing_class.eos_token_id
-        mask = (eos.cumsum(1) - eos.long()) == 0  # up to and including the first end token
+    lengths = set()
+    for b in ragged.batches:
+        mask, wider = masks(ragged.trainer, b.responses)
         lengths |= set(mask.sum(1).tolist())
         assert torch.equal(mask, ~b.padding_mask)
-        wider = column <= mask.sum(1, keepdim=True)  # one column more
         assert torch.equal(wider, ~b.padding_mask_p1)
-        rewards = rf.shape_rewards(b.scores, b.logprobs, b.ref_logprobs, mask, kl_coef=0.3, at="next")
-        torch.testing.assert_close(rewards, b.rewards)
-        given = (b.scores, b.logprobs, b.ref_logprobs, b.values, mask)
-        advantages, returns, found = names["trl_advantages"](*given, kl_coef=0.3, gamma=0.9)
+        given = (b.scores, b.logprobs, b.ref_logprobs)
+        torch.testing.assert_close(rf.shape_rewards(*given, mask, kl_coef=0.3, at="next"), b.rewards)
+        advantages, returns, found = names["trl_advantages"](*given, b.values, mask, kl_coef=0.3, gamma=0.9)
         assert torch.equal(found, wider)
         torch.testing.assert_close(advantages, b.found.masked_fill(~mask, 0), rtol=0, atol=1e-5)
         torch.testing.assert_close(returns, torch.where(wider, b.returns, 0))
-        ids = torch.cat([b.queries, torch.where(mask, b.responses, 0)], 1)  # the pad token is 0
-        read = token_values(trainer.reward_model, ids, ids != 0)[:, b.queries.shape[1] :]
-        torch.testing.assert_close(read.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0], b.scores)
-    assert len(batches) == 2
+        more = 9.0 * (mask.sum(1) < mask.shape[1])  # of a score behind the mask `advantages` sees nothing
+        some = [
+            rf.advantages(x, *given[1:], b.values, mask, kl_coef=0.3, at="next") for x in (given[0], given[0] + more)
+        ]
+        assert torch.equal(some[0].advantages, some[1].advantages)
     assert len(lengths) > 3
     assert min(lengths) < 12
-    losses = means[3::4]  # of the four means of a micro-batch the last
-    assert len(losses) == 8
-    for m in losses:
+
+
+def test_it_reads_the_score_at_the_last_token(ragged):
+    for b in ragged.batches:
+        mask, _ = masks(ragged.trainer, b.responses)
+        ids = torch.cat([b.queries, torch.where(mask, b.responses, 0)], 1)  # the pad token is 0
+        read = token_values(ragged.trainer.reward_model, ids, ids != 0)[:, b.queries.shape[1] :]
+        torch.testing.assert_close(read.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0], b.scores)
+
+
+def test_its_losses_are_ours_with_those_masks(ragged):
+    for m in ragged.micro:
         mask, wider = ~m.padding_mask[m.micro_batch_inds], ~m.padding_mask_p1[m.micro_batch_inds]
+        given = (m.new_logprobs, m.mb_logprobs, m.mb_advantage)
         now = {"values": m.vpred, "old_values": m.mb_values, "returns": m.mb_return}
-        _, policy = rf.ppo_loss(m.new_logprobs, m.mb_logprobs, m.mb_advantage, mask)
-        _, value = rf.ppo_loss(m.new_logprobs, m.mb_logprobs, m.mb_advantage, wider, **now)
+        policy, value = (rf.ppo_loss(*given, tokens, **now).stats for tokens in (mask, wider))
         found = (policy["policy_loss"], policy["clipfrac"], value["value_loss"], value["value_clipfrac"])
         torch.testing.assert_close(found, (m.pg_loss, m.found, m.vf_loss, m.vf_clipfrac))
-    for row, some in ((logged[0], losses[:4]), (logged[1], losses[4:])):  # means over the padding, too
-        ratios = torch.stack([m.ratio.mean() for m in some])
-        entropies = [torch.distributions.Categorical(logits=m.logits).entropy().mean() for m in some]
-        drift = [0.5 * (m.new_logprobs - m.mb_logprobs).square().mean() for m in some]
-        expected = [torch.stack(drift).mean(), torch.stack(entropies).mean(), ratios.mean(), ratios.var()]
-        figures = ("policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var")
-        assert row["loss/policy_avg"] == pytest.approx(float(sum(m.pg_loss for m in some) / 4))
-        assert [row[name] for name in figures] == pytest.approx([float(x) for x in expected], rel=1e-4, abs=1e-6)
+
+
+def test_its_figures_are_means_over_the_padding_too(ragged):
+    for row, some in zip(ragged.logged, (ragged.micro[:4], ragged.micro[4:]), strict=True):
+        assert any(m.padding_mask[m.micro_batch_inds].any() for m in some)
+        each = {
+            "policy/approxkl_avg": [0.5 * (m.new_logprobs - m.mb_logprobs).square().mean() for m in some],
+            "policy/entropy_avg": [torch.distributions.Categorical(logits=m.logits).entropy().mean() for m in some],
+            "val/ratio": [m.ratio.mean() for m in some],
+            "loss/policy_avg": [m.pg_loss for m in some],  # a mean over the tokens that count
+        }
+        for name, numbers in each.items():
+            assert row[name] == pytest.approx(torch.stack(numbers).mean().item(), rel=1e-4, abs=1e-6)
+        assert row["val/ratio_var"] == pytest.approx(torch.stack(each["val/ratio"]).var().item(), rel=1e-3)
+
+
+def test_it_whitens_rewards_with_one_column_more(tmp_path, monkeypatch):
+    calls = watch(monkeypatch, "masked_whiten")
+    trainer = trl_trainer(tmp_path, stop_token="eos", response_length=12, temperature=1.0, whiten_rewards=True)
+    ending(trainer)
+    train(trainer)
+    for b in calls[::2]:  # in turn with the advantages
+        mask, wider = masks(trainer, b.responses)
+        assert not torch.equal(mask, wider)
+        torch.testing.assert_close(b.found.masked_fill(~wider, 0), rf.whiten(b.rewards, wider, shift_mean=False))
 
 
 class Written:
@@ -182,28 +221,29 @@ SAME = {  # TRL's figure → ours, where the page names no difference for respon
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_our_trainer_takes_its_steps_with_the_fields_of_the_table(tmp_path, estimator, monkeypatch):
+@pytest.mark.parametrize(("estimator", "whitens"), [("k1", False), ("k3", True)])
+def test_our_trainer_takes_its_steps_with_the_fields_of_the_table(tmp_path, estimator, whitens, monkeypatch):
     """Two steps on the same responses with the same scores: the same figures and weights, where TRL stops nowhere."""
     batches = watch(monkeypatch, "masked_whiten")
-    theirs = trl_trainer(tmp_path, kl_estimator=estimator, missing_eos_penalty=0.5, gamma=0.95, lam=0.9, vf_coef=0.3)
+    both = {"missing_eos_penalty": 0.5, "gamma": 0.95, "lam": 0.9, "vf_coef": 0.3, "whiten_rewards": whitens}
+    theirs = trl_trainer(tmp_path, kl_estimator=estimator, **both)
     ending(theirs, logit=4.0)
     copies = [copy.deepcopy(m) for m in (theirs.policy_model, theirs.ref_model, theirs.value_model)]
     logged, eos = train(theirs), theirs.processing_class.eos_token_id
+    batches = batches[1::2] if whitens else batches
     scores = iter([b.scores + 0.5 * ~b.contain_eos_token for b in batches])
     config = rf.PPOConfig(
         steps=2, batch_size=8, minibatch_size=8, micro_batch_size=4, ppo_epochs=2, max_new_tokens=6, temperature=0.7,
-        missing_eos_penalty=0.5, kl=estimator, gamma=0.95, lam=0.9, vf_coef=0.3, learning_rate=0.1, warmup_ratio=0.0,
-        old_logprobs="sampler", max_grad_norm=1e9,
+        kl=estimator, learning_rate=0.1, warmup_ratio=0.0, old_logprobs="sampler", max_grad_norm=1e9, **both,
     )  # fmt: skip
     ours = rf.PPOTrainer(
         copies[0], reference=copies[1], critic=copies[2], reward=lambda prompts, responses: next(scores),
         prompts=[{"prompt": text} for text in TEXTS], tokenizer=theirs.processing_class, config=config,
         generator=Written(batches, eos),
     )  # fmt: skip
+    assert {group["betas"] for group in ours.optimizer.param_groups} == {(0.9, 0.95)}
     ours.optimizer = torch.optim.SGD([group | {"peak": 0.1} for group in ours.optimizer.param_groups], lr=0.1)
     known = {tuple(prompt.ids): prompt for prompt in ours.prompts}
-    drawn = 0
     for b, row in zip(batches, logged, strict=True):
         stats = ours.step([known[tuple(i for i in query.tolist() if i)] for query in b.queries])
         found, expected = ({a: of[n] for a, n in SAME.items()} for of in (stats, {SAME[k]: row[k] for k in SAME}))
@@ -214,9 +254,8 @@ def test_our_trainer_takes_its_steps_with_the_fields_of_the_table(tmp_path, esti
         assert row["objective/non_score_reward"] == pytest.approx(-0.05 * row["objective/kl"])
         assert row["objective/entropy"] == pytest.approx(-b.logprobs.sum(1).mean().item())
         assert row["val/num_eos_tokens"] == (b.responses == eos).sum()
-        drawn += (b.responses[:, :-1] == eos).sum()  # and written on
         assert stats["scores"] == pytest.approx(row["objective/scores"] + 0.5 * (1 - stats["ended"]), abs=1e-5)
-    assert drawn > 2
+    assert sum((b.responses[:, :-1] == eos).sum() for b in batches) > 2  # and TRL wrote on
     for mine, its in ((ours.policy, theirs.policy_model), (ours.critic, theirs.value_model)):
         torch.testing.assert_close(parameters(mine), parameters(its), rtol=0, atol=1e-4)
 
@@ -254,8 +293,8 @@ def test_what_trl_computes_and_what_the_page_says_of_it(tmp_path):
     assert args.num_total_batches == 3  # rounded up
     sizes = ("batch_size", "local_batch_size", "mini_batch_size", "local_mini_batch_size")
     assert [getattr(args, name) for name in (*sizes, "micro_batch_size", "world_size")] == [8, 8, 8, 8, 4, 1]
-    trainer = trl_trainer(tmp_path, total_episodes=None, optim="adamw_torch")
+    trainer = trl_trainer(tmp_path, total_episodes=None, optim=PPOConfig(str(tmp_path), use_cpu=True).optim)
     assert trainer.args.total_episodes == 3 * 24
-    groups = trainer.optimizer.param_groups
-    assert {group["betas"] for group in groups} == {(0.9, 0.999)}
-    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0.0)
