@@ -13,13 +13,15 @@ $(VENV)/ready: $(BUILT_FROM)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e ".[train,triton,test,test-peers,bench]" ruff mypy clang-format
 	touch $@
 
-# Without their dependencies, which are heavy: the tests stub those. OpenRLHF has a wheel for one Python only. An older
-# TRL, in a folder of its own, which constraints.txt cannot name beside the newest: one test finds it there.
+# Without their dependencies, which are heavy: the tests stub those. OpenRLHF has a wheel for one Python only. Two older
+# TRLs, each in a folder of its own, which constraints.txt cannot name beside the newest: one test finds it there. The last
+# that computes DPO's loss from logits, and the last with a PPO trainer.
 $(VENV)/peers: $(VENV)/ready
 	$(PIP) --no-deps verl "openrlhf; python_version == '3.11' and platform_machine == 'x86_64'"
 # Nothing of it is compiled when it is installed. Where CUDA is there without its compiler it cannot be: its tests skip.
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed || echo "no DeepSpeed: the tests of ZeRO are skipped"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/older trl==1.14.2
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/trl-ppo trl==1.12.0
 	touch $@
 
 demo: $(VENV)/ready
