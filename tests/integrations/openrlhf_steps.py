@@ -1,0 +1,162 @@
+"""What test_openrlhf_trainer.py compares: OpenRLHF's own commands, with its functions and with ours.
+
+Started with a folder. Runs that need a process of their own get it from this one, when all is imported.
+"""
+
+import inspect
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import deepspeed  # noqa: E402
+import openrlhf_stand_ins as stand_ins  # noqa: E402
+import torch  # noqa: E402
+from peers import import_with_stubs  # noqa: E402
+from tiny import WORDS, tiny_llama, tiny_tokenizer  # noqa: E402
+from transformers import set_seed  # noqa: E402
+
+import rlhf_fast as rf  # noqa: E402
+
+stand_ins.install()
+MODULES = [
+    "openrlhf.trainer.ppo_trainer", "openrlhf.trainer.ray.ppo_actor", "openrlhf.trainer.ray.ppo_critic",
+    "openrlhf.trainer.sft_trainer", "openrlhf.trainer.dpo_trainer",
+]  # fmt: skip
+import_with_stubs(MODULES, "flash_attn", "pylatexenc", "aiohttp")
+stand_ins.without_cuda()
+
+import openrlhf.models.loss as loss  # noqa: E402
+import openrlhf.models.utils as utils  # noqa: E402
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
+
+PLACES = [(utils, "log_probs_from_logits"), (utils, "compute_entropy"),
+          (RemoteExperienceMaker, "get_advantages_and_returns"),
+          (loss.PolicyLoss, "forward"), (loss.ValueLoss, "forward")]  # fmt: skip
+REWARD = """
+def reward_func(queries, prompts, labels):
+    return {"rewards": sum(map(len, queries)) % 7 / 3}
+"""
+SHARED = """
+--ds.attn_implementation eager --logger.wandb.key none --train.batch_size 4 --train.micro_batch_size 2
+--train.max_epochs 3 --ckpt.path checkpoints
+"""
+ONLINE = f"""
+{SHARED} --actor.model_name_or_path actor --data.prompt_dataset data.jsonl --data.input_key prompt --data.max_len 64
+--actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --reward.num_gpus_per_node 1 --critic.num_gpus_per_node 1
+--vllm.num_engines 1 --rollout.batch_size 4 --rollout.micro_batch_size 2 --rollout.n_samples_per_prompt 2
+--rollout.max_new_tokens 8 --rollout.temperature 0.8 --actor.adam.lr 1e-3 --critic.adam.lr 1e-3
+"""
+PPO = f"""
+{ONLINE} --reward.model_name_or_path reward --critic.save_value_network --actor.entropy_coef 0.01 --actor.dual_clip 1.5
+--algo.kl.init_coef 0.05 --algo.advantage.lambd 0.95 --algo.advantage.gamma 0.99 --critic.value_clip 0.1
+"""
+GRPO = f"""
+{ONLINE} --reward.remote_url reward.py --algo.advantage.estimator group_norm --algo.kl.use_loss --algo.kl.estimator k3
+--actor.loss_agg_mode seq-mean-token-mean --actor.eps_clip_low_high 0.1 0.15 --train.num_episodes 2
+"""
+OFFLINE = f"""
+{SHARED} --model.model_name_or_path actor --data.dataset data.jsonl --data.max_len 64 --adam.lr 1e-3 --lr_warmup_ratio 0
+"""
+COMMANDS = {  # the name of each run, and what is written behind `python -m openrlhf.cli.`
+    "ppo": f"train_ppo_ray {PPO} --train.num_episodes 2",
+    # What is rounded to bfloat16 differs by its last bit after a step: none is taken here.
+    "ppo_bf16": f"train_ppo_ray {PPO} --actor.adam.lr 0 --critic.adam.lr 0 --train.max_epochs 1",
+    "grpo": f"train_ppo_ray {GRPO}",
+    "sft": f"train_sft {OFFLINE} --data.input_key prompt --data.output_key chosen",
+    "dpo": f"train_dpo {OFFLINE} --data.prompt_key prompt --model.nll_loss_coef 0.2",
+}
+# One after the other in a process. Ray's controller has no process group: a run that needs it comes first.
+PROCESSES = (("ppo", "sft", "dpo"), ("grpo",), ("ppo_bf16",))
+
+
+def prepare() -> None:
+    tokenizer = tiny_tokenizer()
+    for name, seed in (("actor", 1), ("reward", 2)):
+        tiny_llama(tokenizer, seed=seed).bfloat16().save_pretrained(name)  # as OpenRLHF loads it
+        tokenizer.save_pretrained(name)
+    rows = [{"prompt": f"the {w} was", "chosen": f" {w}", "rejected": f" not {w} and"} for w in WORDS[:4]]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("reward.py").write_text(REWARD)
+
+
+def initialize(name: str) -> Any:
+    """DeepSpeed's own function, with its option for PyTorch's AdamW: its own would be compiled, for half a minute.
+
+    And in float32, which OpenRLHF's command has no option for: bfloat16 would cover what differs and what does not.
+    """
+    original = deepspeed.initialize
+
+    def initialize(*, model: torch.nn.Module, config: dict, **options: Any) -> tuple:
+        if "optimizer" in config:
+            config["optimizer"]["params"]["torch_adam"] = True
+        if name != "ppo_bf16":
+            config["bf16"]["enabled"] = False
+            model.float()
+        return original(model=model, config=config, **options)
+
+    return initialize
+
+
+def codes(whose: str) -> dict[CodeType, str]:
+    """What the functions that are replaced run now."""
+    functions = {f"{getattr(place, '__name__', place)} {name}": getattr(place, name) for place, name in PLACES}
+    return {inspect.unwrap(f).__code__: f"{whose} {name}" for name, f in functions.items()}
+
+
+def run(whose: str, names: tuple[str, ...]) -> None:
+    """Run commands in a row, and write what each logs and how often each function was called."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    known, calls = codes("theirs"), Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in known:
+            calls[known[frame.f_code]] += 1
+
+    own = deepspeed.initialize
+    for name in names:
+        calls.clear()
+        stand_ins.LOGGED.clear()
+        command, *options = COMMANDS[name].split()
+        sys.argv = [command, *options, "--ckpt.output_dir", f"{whose}/{name}"]
+        deepspeed.initialize = initialize(name)
+        stand_ins.DTYPE[:] = [torch.bfloat16 if name == "ppo_bf16" else torch.float32]
+        patch = rf.patch("openrlhf") if whose == "ours" else None
+        known |= codes("ours") if patch else {}
+        set_seed(0)  # the order of the prompts, which Ray's controller draws before it has seeded anything
+        sys.setprofile(count)
+        runpy.run_module(f"openrlhf.cli.{command}", run_name="__main__")
+        sys.setprofile(None)
+        if patch:
+            patch.undo()
+        deepspeed.initialize = own
+        numbers = [{k: v for k, v in said.items() if isinstance(v, int | float)} for said in stand_ins.LOGGED]
+        Path(f"{whose}/{name}.json").write_text(json.dumps({"logged": numbers, "calls": calls}))
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # OpenRLHF compiles its entropy: here its body runs as it is written
+    # On the CPU DeepSpeed would compile an exchange of its own; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    prepare()
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=run, args=(whose, names)) for names in PROCESSES for whose in ("theirs", "ours")]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in runs))
