@@ -1,7 +1,7 @@
 """Stand-ins for what OpenRLHF's trainers import and a machine without GPUs has not: Ray, vLLM, W&B and CUDA.
 
 Ray runs at once, in this process. vLLM draws its tokens from a generator of its own, whatever the weights are that it
-is sent; it keeps those. W&B keeps what it is told.
+is sent. W&B keeps the figures that it is told.
 """
 
 import asyncio
@@ -12,12 +12,12 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import ANY, MagicMock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-LOGGED: list[dict] = []  # of W&B
-DTYPE = [torch.float32]  # of the engine's weights
+LOGGED: list[dict[str, float]] = []  # of W&B
 SENT: list[torch.Tensor] = []  # between the actor and the engine, which has not received it yet
 
 
@@ -60,20 +60,15 @@ def wait(references: list, num_returns: int, timeout: float) -> tuple[list, list
 
 
 class Engine:
-    """vLLM's engine: 3 tokens or more out of the vocabulary of 300, and what Ray's worker loads into its model."""
+    """vLLM's engine: at random 3 tokens or more of the first 300, and a worker with OpenRLHF's extension."""
 
     def __init__(self, args: SimpleNamespace) -> None:
         self.random = random.Random(args.seed)
-        self.weights: dict[str, torch.Tensor] = {}
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
         module, name = args.worker_extension_cls.rsplit(".", 1)
         self.worker = getattr(import_module(module), name)()
-        self.worker.device = "cpu"
-        self.worker.model_config = SimpleNamespace(dtype=DTYPE[0])
-        self.worker.model_runner = SimpleNamespace(model=SimpleNamespace(load_weights=self.load))
-
-    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        self.weights.update(weights)
+        self.worker.device, self.worker.model_runner = "cpu", MagicMock()
+        self.worker.model_config = SimpleNamespace(dtype=ANY)
 
     async def is_sleeping(self) -> bool:
         return False
@@ -109,16 +104,6 @@ class Communicator:
             tensor.copy_(SENT.pop())
 
 
-class Table:
-    """A table of W&B."""
-
-    def __init__(self, columns: list, data: list | None = None) -> None:
-        self.columns, self.data = columns, list(data or [])
-
-    def add_data(self, *row: Any) -> None:
-        self.data.append(row)
-
-
 class CPU(str):
     """The device as torch takes it, also where it is written behind ``cuda:``."""
 
@@ -126,19 +111,21 @@ class CPU(str):
         return "0"
 
 
+def log(said: dict[str, Any]) -> None:
+    figures = {name: value for name, value in said.items() if isinstance(value, int | float)}
+    LOGGED.extend([figures] if figures else [])
+
+
 def modules() -> dict[str, dict[str, Any]]:
-    """The modules of Ray, vLLM and W&B and what OpenRLHF takes from them."""
-    spaces, wandb = SimpleNamespace, {"api": SimpleNamespace(api_key="none"), "log": LOGGED.append}
-    ready = spaces(ready=lambda: None)
-    address = spaces(get_node_ip_address=lambda: "127.0.0.1")
-    worker = spaces(gcs_client=spaces(address=""))
+    """The modules of Ray, vLLM and W&B, and what OpenRLHF takes from them."""
+    spaces, anything = SimpleNamespace, MagicMock()
     return {
         "ray": {"remote": remote, "get": get, "put": copy.deepcopy, "wait": wait, "is_initialized": lambda: True},
-        "ray._private": {"services": address},
-        "ray._private.worker": {"global_worker": worker},
+        "ray._private": {"services": spaces(get_node_ip_address=lambda: "127.0.0.1")},
+        "ray._private.worker": {"global_worker": spaces(gcs_client=spaces(address=""))},
         "ray.util": {},
-        "ray.util.placement_group": {"PlacementGroup": spaces, "placement_group": lambda *_, **__: ready},
-        "ray.util.scheduling_strategies": {"PlacementGroupSchedulingStrategy": spaces},
+        "ray.util.placement_group": {"PlacementGroup": anything, "placement_group": anything},
+        "ray.util.scheduling_strategies": {"PlacementGroupSchedulingStrategy": anything},
         "vllm": {"__version__": "0.16.0", "SamplingParams": spaces, "AsyncEngineArgs": spaces,
                  "AsyncLLMEngine": spaces(from_engine_args=Engine)},
         "vllm.inputs": {"TokensPrompt": dict},
@@ -147,7 +134,7 @@ def modules() -> dict[str, dict[str, Any]]:
         "vllm.distributed.utils": {"StatelessProcessGroup": spaces(create=lambda rank, **_: rank)},
         "vllm.distributed.device_communicators": {},
         "vllm.distributed.device_communicators.pynccl": {"PyNcclCommunicator": Communicator},
-        "wandb": wandb | {"Table": Table} | dict.fromkeys(("init", "define_metric", "finish"), lambda *_, **__: None),
+        "wandb": {"log": log} | dict.fromkeys(("api", "init", "define_metric", "finish", "Table"), anything),
     }  # fmt: skip
 
 

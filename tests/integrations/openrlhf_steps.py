@@ -3,6 +3,7 @@
 Started with a folder. Runs that need a process of their own get it from this one, when all is imported.
 """
 
+import gc
 import inspect
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import runpy
 import socket
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -39,9 +41,13 @@ import openrlhf.models.loss as loss  # noqa: E402
 import openrlhf.models.utils as utils  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker  # noqa: E402
 
-PLACES = [(utils, "log_probs_from_logits"), (utils, "compute_entropy"),
-          (RemoteExperienceMaker, "get_advantages_and_returns"),
-          (loss.PolicyLoss, "forward"), (loss.ValueLoss, "forward")]  # fmt: skip
+PLACES = {
+    "log_probs_from_logits": (utils, "log_probs_from_logits"),
+    "compute_entropy": (utils, "compute_entropy"),
+    "get_advantages_and_returns": (RemoteExperienceMaker, "get_advantages_and_returns"),
+    "PolicyLoss": (loss.PolicyLoss, "forward"),
+    "ValueLoss": (loss.ValueLoss, "forward"),
+}
 REWARD = """
 def reward_func(queries, prompts, labels):
     return {"rewards": sum(map(len, queries)) % 7 / 3}
@@ -69,7 +75,6 @@ OFFLINE = f"""
 """
 COMMANDS = {  # the name of each run, and what is written behind `python -m openrlhf.cli.`
     "ppo": f"train_ppo_ray {PPO} --train.num_episodes 2",
-    # What is rounded to bfloat16 differs by its last bit after a step: none is taken here.
     "ppo_bf16": f"train_ppo_ray {PPO} --actor.adam.lr 0 --critic.adam.lr 0 --train.max_epochs 1",
     "grpo": f"train_ppo_ray {GRPO}",
     "sft": f"train_sft {OFFLINE} --data.input_key prompt --data.output_key chosen",
@@ -89,28 +94,24 @@ def prepare() -> None:
     Path("reward.py").write_text(REWARD)
 
 
-def initialize(name: str) -> Any:
+def initialize(**options: Any) -> tuple:
     """DeepSpeed's own function, with its option for PyTorch's AdamW: its own would be compiled, for half a minute.
 
-    And in float32, which OpenRLHF's command has no option for: bfloat16 would cover what differs and what does not.
+    And in float32, which OpenRLHF's commands have no option for: what differs by 1e-7 may round to another bfloat16,
+    and the runs part there. Where no step is taken (``adam.lr 0``) they cannot, and the type is OpenRLHF's.
     """
-    original = deepspeed.initialize
-
-    def initialize(*, model: torch.nn.Module, config: dict, **options: Any) -> tuple:
-        if "optimizer" in config:
-            config["optimizer"]["params"]["torch_adam"] = True
-        if name != "ppo_bf16":
-            config["bf16"]["enabled"] = False
-            model.float()
-        return original(model=model, config=config, **options)
-
-    return initialize
+    config = options["config"]
+    if "optimizer" in config:
+        config["optimizer"]["params"]["torch_adam"] = True
+    if "ppo_bf16" not in sys.argv[-1]:
+        config["bf16"]["enabled"] = False
+        options["model"].float()
+    return INITIALIZE(**options)
 
 
 def codes(whose: str) -> dict[CodeType, str]:
     """What the functions that are replaced run now."""
-    functions = {f"{getattr(place, '__name__', place)} {name}": getattr(place, name) for place, name in PLACES}
-    return {inspect.unwrap(f).__code__: f"{whose} {name}" for name, f in functions.items()}
+    return {inspect.unwrap(getattr(*place)).__code__: f"{whose} {name}" for name, place in PLACES.items()}
 
 
 def run(whose: str, names: tuple[str, ...]) -> None:
@@ -119,40 +120,40 @@ def run(whose: str, names: tuple[str, ...]) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    known, calls = codes("theirs"), Counter()
-
-    def count(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in known:
-            calls[known[frame.f_code]] += 1
-
-    own = deepspeed.initialize
     for name in names:
-        calls.clear()
         stand_ins.LOGGED.clear()
         command, *options = COMMANDS[name].split()
         sys.argv = [command, *options, "--ckpt.output_dir", f"{whose}/{name}"]
-        deepspeed.initialize = initialize(name)
-        stand_ins.DTYPE[:] = [torch.bfloat16 if name == "ppo_bf16" else torch.float32]
-        patch = rf.patch("openrlhf") if whose == "ours" else None
-        known |= codes("ours") if patch else {}
-        set_seed(0)  # the order of the prompts, which Ray's controller draws before it has seeded anything
-        sys.setprofile(count)
-        runpy.run_module(f"openrlhf.cli.{command}", run_name="__main__")
-        sys.setprofile(None)
-        if patch:
-            patch.undo()
-        deepspeed.initialize = own
-        numbers = [{k: v for k, v in said.items() if isinstance(v, int | float)} for said in stand_ins.LOGGED]
-        Path(f"{whose}/{name}.json").write_text(json.dumps({"logged": numbers, "calls": calls}))
+        with rf.patch("openrlhf") if whose == "ours" else nullcontext():
+            calls = counted(command, THEIRS | codes(whose))
+        Path(f"{whose}/{name}.json").write_text(json.dumps({"logged": stand_ins.LOGGED, "calls": calls}))
+
+
+def counted(command: str, names: dict[CodeType, str]) -> Counter[str]:
+    """Run a command of OpenRLHF, and count the calls of what has a name."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in names:
+            calls[names[frame.f_code]] += 1
+
+    set_seed(0)  # the order of the prompts, which Ray's controller draws before it has seeded anything
+    sys.setprofile(count)
+    runpy.run_module(f"openrlhf.cli.{command}", run_name="__main__")
+    sys.setprofile(None)
+    return calls
 
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
+    INITIALIZE, deepspeed.initialize = deepspeed.initialize, initialize
+    THEIRS = codes("theirs")
     torch.compiler.set_stance("force_eager")  # OpenRLHF compiles its entropy: here its body runs as it is written
     # On the CPU DeepSpeed would compile an exchange of its own; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     prepare()
+    gc.freeze()  # OpenRLHF collects garbage after each model: not of all that is imported here
     fork = multiprocessing.get_context("fork")
     runs = [fork.Process(target=run, args=(whose, names)) for names in PROCESSES for whose in ("theirs", "ours")]
     for process in runs:
