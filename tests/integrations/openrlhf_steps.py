@@ -63,7 +63,7 @@ ONLINE = f"""
 --rollout.max_new_tokens 8 --rollout.temperature 0.8 --actor.adam.lr 1e-3 --critic.adam.lr 1e-3
 """
 PPO = f"""
-{ONLINE} --reward.model_name_or_path reward --critic.save_value_network --actor.entropy_coef 0.01 --actor.dual_clip 1.5
+{ONLINE} --reward.model_name_or_path reward --critic.save_value_network --actor.entropy_coef 0.01 --actor.dual_clip 1.01
 --algo.kl.init_coef 0.05 --algo.advantage.lambd 0.95 --algo.advantage.gamma 0.99 --critic.value_clip 0.1
 """
 GRPO = f"""
