@@ -11,6 +11,7 @@ import os
 import runpy
 import socket
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -85,6 +86,7 @@ PROCESSES = (("ppo", "sft", "dpo"), ("grpo",), ("ppo_bf16",))
 
 
 def prepare() -> None:
+    """The models, the prompts and pairs, and the reward, in the working directory."""
     tokenizer = tiny_tokenizer()
     for name, seed in (("actor", 1), ("reward", 2)):
         tiny_llama(tokenizer, seed=seed).bfloat16().save_pretrained(name)  # as OpenRLHF loads it
@@ -92,6 +94,8 @@ def prepare() -> None:
     rows = [{"prompt": f"the {w} was", "chosen": f" {w}", "rejected": f" not {w} and"} for w in WORDS[:4]]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("reward.py").write_text(REWARD)
+    for whose in ("theirs", "ours"):
+        Path(whose).mkdir()
 
 
 def initialize(**options: Any) -> tuple:
@@ -115,7 +119,10 @@ def codes(whose: str) -> dict[CodeType, str]:
 
 
 def run(whose: str, names: tuple[str, ...]) -> None:
-    """Run commands in a row, and write what each logs and how often each function was called."""
+    """Run commands in a row, and write what each says and logs and how often each function was called."""
+    with open(f"{whose}/{names[0]}.txt", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -126,7 +133,7 @@ def run(whose: str, names: tuple[str, ...]) -> None:
         sys.argv = [command, *options, "--ckpt.output_dir", f"{whose}/{name}"]
         with rf.patch("openrlhf") if whose == "ours" else nullcontext():
             calls = counted(command, THEIRS | codes(whose))
-        Path(f"{whose}/{name}.json").write_text(json.dumps({"logged": stand_ins.LOGGED, "calls": calls}))
+        Path(whose, f"{name}.json").write_text(json.dumps({"logged": stand_ins.LOGGED, "calls": calls}))
 
 
 def counted(command: str, names: dict[CodeType, str]) -> Counter[str]:
@@ -155,9 +162,14 @@ if __name__ == "__main__":
     prepare()
     gc.freeze()  # OpenRLHF collects garbage after each model: not of all that is imported here
     fork = multiprocessing.get_context("fork")
-    runs = [fork.Process(target=run, args=(whose, names)) for names in PROCESSES for whose in ("theirs", "ours")]
-    for process in runs:
+    runs = {(w, names): fork.Process(target=run, args=(w, names)) for names in PROCESSES for w in ("theirs", "ours")}
+    for process in runs.values():
         process.start()
-    for process in runs:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in runs))
+    deadline = time.monotonic() + 240
+    for process in runs.values():
+        process.join(max(0, deadline - time.monotonic()))
+    for (whose, names), process in runs.items():
+        if process.exitcode != 0:
+            process.kill()
+            print(whose, names, process.exitcode, Path(whose, f"{names[0]}.txt").read_text()[-4000:])
+    sys.exit(any(process.exitcode != 0 for process in runs.values()))

@@ -36,10 +36,11 @@ def runs(tmp_path_factory):
     """The folder of openrlhf_steps.py: a log and the models of each command, of OpenRLHF's functions and of ours."""
     root = tmp_path_factory.mktemp("openrlhf")
     script = Path(__file__).with_name("openrlhf_steps.py")
-    calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    calm = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    calm["HF_DATASETS_CACHE"] = str(root / "cache")
     command = [sys.executable, str(script), str(root)]
-    done = subprocess.run(command, env=calm, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    done = subprocess.run(command, env=os.environ | calm, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return root
 
 
