@@ -4,7 +4,9 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,10 @@ def test_the_launch_line_has_flags_of_ppo_and_the_fields_that_are_named_exist():
     assert {"precision", "share", "gradient_checkpointing", "old_logprobs"} <= named <= fields
 
 
+def blocks_of_the_patches():
+    return re.findall(r"```python\n(.*?)```", (DOCS / "integrations.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_patched_trainer_runs_as_the_page_says(capsys):
     utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed: make test installs it")
     own, seen = utils.selective_log_softmax, []
@@ -101,7 +107,7 @@ def test_the_patched_trainer_runs_as_the_page_says(capsys):
             seen.append(utils.selective_log_softmax)
 
     names = {"trainer": Trainer()}
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "integrations.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks_of_the_patches() if "trainer.train()" in block]
     assert len(blocks) == 2
     for block in blocks:
         exec(block, names)
@@ -110,6 +116,20 @@ def test_the_patched_trainer_runs_as_the_page_says(capsys):
     assert all(function.__module__ == "rlhf_fast.integrations.trl" for function in seen)
     printed = capsys.readouterr().out
     assert "trl.trainer.utils.selective_log_softmax is rlhf_fast's in trl.trainer.utils" in printed
+
+
+def test_the_hook_of_rays_workers_is_the_function_of_the_page(monkeypatch):
+    hook, start = (block for block in blocks_of_the_patches() if "patched" in block)
+    asked, patched = [], {}
+    ray = SimpleNamespace(init=lambda runtime_env: asked.append(runtime_env["worker_process_setup_hook"]))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("runpy.run_module", lambda name, run_name: asked.append((name, run_name)))
+    exec(start, {})
+    assert asked == ["patched.openrlhf", ("openrlhf.cli.train_ppo_ray", "__main__")]
+    exec(hook, patched)
+    monkeypatch.setattr("rlhf_fast.patch", asked.append)
+    patched["openrlhf"]()
+    assert asked[-1] == "openrlhf"
 
 
 def test_the_page_names_every_function_that_is_replaced():
