@@ -65,6 +65,13 @@ def test_logprobs_and_entropy(ours, rows, vocab, seed, scale):
         agree(lambda z, f=name, r=rest: ours[f](z, *r), lambda z, f=name, r=rest: THEIRS[f](z, *r), logits)
 
 
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_entropy_compiles_as_verls_engines_compile_it(ours, name):
+    compiled = torch.compile(ours[name], dynamic=True, backend="aot_eager")
+    for rows in (3, 5):
+        agree(compiled, THEIRS[name], torch.randn(rows, 11, generator=torch.Generator().manual_seed(rows)))
+
+
 def test_half_precision_keeps_its_dtype(ours):
     logits, ids = torch.randn(2, 3, 20, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.int64)
     assert ours[NAMES[0]](logits, ids).dtype == THEIRS[NAMES[0]](logits, ids).dtype == torch.bfloat16
