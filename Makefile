@@ -25,10 +25,10 @@ $(VENV)/peers: $(VENV)/ready
 demo: $(VENV)/ready
 	$(BIN)/rlhf-fast demo
 
-# A process per core, up to eight of a gigabyte each; what a module prepares for its tests is prepared in one of them.
-# Plain `pytest` runs the same tests in one.
+# A process per core, up to eight of a gigabyte each, and a file at a time: what a module prepares for its tests, or starts,
+# is there once. Plain `pytest` runs the same tests in one process.
 test: $(VENV)/peers
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -59,19 +59,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("run", "device"), cases, ids=ids, indirect=["run"])
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On several processes (``-n``, ``--dist loadgroup``) the tests that share what their module prepared stay in one.
-
-    Some of that takes minutes, and ours is not the only process that such a module starts.
-    """
-    if hasattr(config, "workerinput"):  # a process of xdist: elsewhere nobody knows the mark
-        for item in items:
-            found = [f for several in item._fixtureinfo.name2fixturedefs.values() for f in several]
-            if any(fixture.scope == "module" for fixture in found):
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-
-
 def implementation(op: str, name: str) -> Callable:
     """One implementation of an op: a function with the arguments of its schema."""
     if name == "simt":
