@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,7 +185,6 @@ def nvcc_resources() -> list[Resources]:
         return [r for found in pool.map(lambda job: compile_one(*job), jobs) for r in found]
 
 
-@cache
 def readable(mangled: str) -> str:
     """``gae_kernel<float, true>`` of a mangled name."""
     name = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout.strip()
