@@ -53,10 +53,10 @@ def check_with(wheel: Path, torch_version: str, folder: Path) -> None:
     run("-m", "pip", "install", "-q", "--no-deps", str(wheel.resolve()))
     run("-m", "pip", "check")
     run("-c", PROBE, torch_version)
-    run("-m", "pip", "install", "-q", "pytest", "hypothesis")
+    run("-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), "pytest", "pytest-xdist", "hypothesis")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("simt", "__pycache__"))
     (folder / "pytest.ini").write_text(SETTINGS)
-    run("-m", "pytest", "tests/ops", "-k", "not triton")
+    run("-m", "pytest", "tests/ops", "-k", "not triton", "-n", "logical", "--maxprocesses", "8", "--dist", "worksteal")
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 from row_calls import ROW_CALLS
 from token_calls import TOKEN_CALLS
 
+from rlhf_fast import dispatch
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".md")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -63,11 +65,11 @@ def nvidia_tool(name: str) -> str:
     return shutil.which(name) or name
 
 
-def read_cubin(cubin: Path, architecture: int) -> list[tuple[str, Resources]]:
-    """The kernels of a cubin, by their mangled names."""
+def read_cubin(cubin: Path, architecture: int, *choice: str) -> list[tuple[str, Resources]]:
+    """The kernels of a cubin, by their mangled names; ``choice`` says which one of a file that holds several."""
 
     def dump(what: str) -> list[tuple[str, str]]:
-        command = [nvidia_tool("cuobjdump"), what, cubin]
+        command = [nvidia_tool("cuobjdump"), *choice, what, cubin]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = re.split(r"^\s*Function *:? *([^\s:]+):?\n", report, flags=re.MULTILINE)[1:]
         return list(zip(found[::2], found[1::2], strict=True))
@@ -144,8 +146,29 @@ def measured(kernel, variant: str, architecture: int) -> Resources:
     return resources._replace(kernel=f"{name}, {variant}")
 
 
+def built_module() -> Path | None:
+    """``_cuda`` of this checkout, if it is what this nvcc makes of the sources as they are, for all ARCHITECTURES."""
+    cuda = dispatch.extension("_cuda")
+    if isinstance(cuda, str) or cuda.toolkit != nvcc_version():
+        return None
+    module = Path(cuda.__file__)
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").glob("*.*"), *(ROOT / "kernels" / "cuda").iterdir()]
+    if module.parent != ROOT / "rlhf_fast" or module.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        return None
+    command = [nvidia_tool("cuobjdump"), "--list-elf", module]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return module if set(re.findall(r"sm_(\w+)\.cubin", listed)) == set(map(str, ARCHITECTURES)) else None
+
+
 def nvcc_resources() -> list[Resources]:
-    """Compile every .cu file for every architecture; raises where ptxas warns, of a spill for example."""
+    """Every kernel of every .cu file on every architecture; raises where ptxas warns, of a spill for example.
+
+    Read from ``_cuda``, which has the same flags, where that is built: to compile all of it once more takes minutes.
+    """
+    module = built_module()
+    if module is not None:
+        read = [row for a in ARCHITECTURES for row in read_cubin(module, a, "-arch", f"sm_{a}")]
+        return [row._replace(kernel=readable(name)) for name, row in read]
 
     def compile_one(source: Path, architecture: int) -> list[Resources]:
         with TemporaryDirectory() as folder:

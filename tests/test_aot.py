@@ -1,10 +1,12 @@
 """Every GPU kernel compiles for every architecture without a GPU, spills nothing and takes what resources.md says."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import resources
@@ -87,6 +89,30 @@ def test_cuda_kernels_move_sixteen_bytes_at_a_time(nvcc_rows: list[Resources], o
         assert seen[f"{op}_kernel<{dtype}>"].load == 16
         backward = seen[f"{op}_backward_kernel<{dtype}>"]
         assert (backward.load, backward.store) == (16, 16)
+
+
+def test_the_built_module_is_read_only_if_it_is_of_the_sources(monkeypatch, tmp_path) -> None:
+    built = resources.built_module()
+    if built is None:
+        pytest.skip("_cuda is not built here, or not for every architecture")
+    module, source = tmp_path / "rlhf_fast" / built.name, tmp_path / "kernels" / "cuda" / "gae.cu"
+    for path in (tmp_path / "CMakeLists.txt", tmp_path / "csrc" / "ops.h", source, module):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    shutil.copyfile(built, module)
+    cuda = SimpleNamespace(toolkit=resources.nvcc_version(), __file__=str(module))
+    monkeypatch.setattr(resources, "ROOT", tmp_path)
+    monkeypatch.setattr(resources.dispatch, "extension", lambda name: cuda)
+    assert resources.built_module() == module
+    with monkeypatch.context() as other:
+        other.setattr(cuda, "toolkit", "12.9.86")
+        assert resources.built_module() is None
+    with monkeypatch.context() as other:
+        other.setattr(resources, "ARCHITECTURES", (*ARCHITECTURES, 130))
+        assert resources.built_module() is None
+    written = module.stat().st_mtime
+    os.utime(source, (written + 1, written + 1))
+    assert resources.built_module() is None
 
 
 def test_widest_access_of_a_listing() -> None:

@@ -154,7 +154,7 @@ def test_the_repair_finds_nothing_to_bundle(tmp_path):
             archive.writestr(name, content)
     makefile = (ROOT / "Makefile").read_text()
     platform = re.search(r"^PLATFORM \?= (\w+)$", makefile, re.MULTILINE)[1]
-    assert "auditwheel repair --plat $(PLATFORM) -z 9 -w dist" in makefile
+    assert "auditwheel repair --plat $(PLATFORM) -z 9 -w $(DIST)" in makefile
     python(
         "-m", "auditwheel", "repair", "--plat", platform, "-z", "9", "-w", str(tmp_path / "out"), str(wheel), PATH=PATH
     )

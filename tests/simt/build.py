@@ -1,6 +1,7 @@
 """Compiles the CUDA sources as C++ for the CPU (simt.hpp) into a Python module that works on CPU tensors."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -33,6 +34,23 @@ def absence() -> str | None:
     return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
 
 
+def compile_into(module: Path, command: Sequence[str], inputs: Sequence[Path]) -> None:
+    """Compile ``inputs`` side by side and link them; ``module`` appears when it is whole."""
+    scratch = module.parent / str(os.getpid())
+    scratch.mkdir(exist_ok=True)
+    objects = [scratch / f"{p.name}.o" for p in inputs]
+    compilers = [
+        subprocess.Popen([*command, "-x", "c++", "-c", str(p), "-o", str(o)])
+        for p, o in zip(inputs, objects, strict=True)
+    ]
+    statuses = [process.wait() for process in compilers]
+    if any(statuses):
+        raise RuntimeError(f"the SIMT build of {module.stem} failed; see the compiler's output")
+    subprocess.run([*command, "-shared", *map(str, objects), "-o", str(scratch / module.name)], check=True)
+    os.replace(scratch / module.name, module)
+    shutil.rmtree(scratch)
+
+
 def build(name: str, sources: Sequence[Path]) -> ModuleType:
     """Compile ``sources`` and the scheduler into the module ``name``, unless the cache has it, and import it."""
     import pybind11
@@ -44,20 +62,11 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
     content = b"\0".join([" ".join(command).encode(), *(p.read_bytes() for p in [*inputs, *headers])])
     folder = CACHE / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}"
     module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        scratch = folder / str(os.getpid())
-        scratch.mkdir(parents=True, exist_ok=True)
-        objects = [scratch / f"{p.name}.o" for p in inputs]
-        compilers = [
-            subprocess.Popen([*command, "-x", "c++", "-c", str(p), "-o", str(o)])
-            for p, o in zip(inputs, objects, strict=True)
-        ]
-        statuses = [process.wait() for process in compilers]
-        if any(statuses):
-            raise RuntimeError(f"the SIMT build of {name} failed; see the compiler's output")
-        subprocess.run([*command, "-shared", *map(str, objects), "-o", str(scratch / module.name)], check=True)
-        os.replace(scratch / module.name, module)
-        shutil.rmtree(scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may have begun: it is waited for
+        if not module.exists():
+            compile_into(module, command, inputs)
     # Not into sys.modules: it stands beside the real rlhf_fast._cuda.
     spec = importlib.util.spec_from_file_location(f"simt.{name}", module)
     assert spec is not None
