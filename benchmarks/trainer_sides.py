@@ -1,4 +1,4 @@
-"""The sides of bench_trainers.py: one step of our trainer or of TRL's, patched or not, when asked for, timed by phase."""
+"""The sides of bench_trainers.py: a step of our trainer or of TRL's, patched or not, when asked for, timed by phase."""
 
 import argparse
 import json
