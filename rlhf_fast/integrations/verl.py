@@ -172,11 +172,12 @@ def _aggregate(
 @torch.no_grad()
 def _clipped(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, bound: float) -> Tensor:
     """The tokens' share that is clipped, their KL (k1, clamped) and the share that is clipped from below: ``[3]``."""
-    log_ratio, a = torch.where(mask, log_ratio, 0).clamp(-20, 20), torch.where(mask, advantages, 0)
-    ratio = log_ratio.exp()
-    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - low, 1 + high)
-    lower = (torch.maximum(unclipped, clipped) > -a * bound) & (a < 0)
-    return torch.stack([masked_mean(x.float(), mask) for x in (clipped > unclipped, -log_ratio, lower)])
+    log_ratio, negative = torch.where(mask, log_ratio, 0).clamp_(-20, 20), torch.where(mask, advantages, 0).neg_()
+    unclipped = log_ratio.exp()
+    clipped = unclipped.clamp(1 - low, 1 + high).mul_(negative)
+    unclipped.mul_(negative)
+    lower = (torch.maximum(unclipped, clipped) > negative * bound) & (negative > 0)
+    return torch.stack([masked_mean(x.float(), mask) for x in (clipped > unclipped, log_ratio.neg_(), lower)])
 
 
 PEER = Peer(
