@@ -38,7 +38,7 @@ class HeadLogprobs(torch.autograd.Function):
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         rows = [_statistics(tile, ids[at], head) for at, _, tile in _tiles(hidden, weight, bias, ctx.dtype)]
-        columns = [torch.cat(parts) for parts in zip(*rows, strict=True)] or [ids.new_empty(0, dtype=torch.float32)] * 3
+        columns = [torch.cat(parts) for parts in zip(*rows, strict=True)]
         chosen, entropy, lse, *extras = columns
         found = dict(zip(head.extras, extras, strict=False))
         others = [found.get(name) for name in ("log_sum_sq_probs", "mean_logits", "is_top1")]
@@ -53,7 +53,7 @@ class HeadLogprobs(torch.autograd.Function):
         hidden, weight, bias, ids, entropy, lse = ctx.saved_tensors
         head, wanted = ctx.head, ctx.needs_input_grad[:3]
         none = torch.zeros_like(lse)
-        g, h = (none if x is None else x.float() for x in (g, h))
+        g, h = (none if x is None else x.to(lse.dtype) for x in (g, h))
         with head.gathered(weight, bias):
             given = (hidden, weight, bias)
             sums = [_zeros(x) if want else None for x, want in zip(given, wanted, strict=True)]
@@ -79,7 +79,7 @@ def _tiles(
     """Slices of rows, with the hidden states and the logits of each."""
     rows = max(1, TILE // max(weight.shape[0], 1))
     w = weight.to(dtype)
-    for start in range(0, hidden.shape[0], rows):
+    for start in range(0, max(hidden.shape[0], 1), rows):  # of no rows one empty tile
         at = slice(start, min(start + rows, hidden.shape[0]))
         block = hidden[at].to(dtype)
         tile = torch.mm(block, w.t())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.integrations.inputs import divisor, is_plain, softmax_dtype
 from rlhf_fast.integrations.patching import Peer, Replacement
 from rlhf_fast.losses.statistics import masked_mean
 from rlhf_fast.ops.gae import gae
@@ -20,7 +21,7 @@ def log_probs_from_logits(original: Callable) -> Callable:
     """Logprobs of the labels. The temperature divides a number in a register, not the caller's logits."""
 
     def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-        return logprobs(logits, labels, temperature=temperature).logprobs.to(logits.dtype)
+        return logprobs(logits, labels, temperature=temperature).logprobs.to(softmax_dtype(logits))
 
     return log_probs_from_logits
 
@@ -30,7 +31,7 @@ def compute_entropy(original: Callable) -> Callable:
 
     def compute_entropy(logits: Tensor) -> Tensor:
         anything = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        return logprobs(logits, anything).entropy.to(logits.dtype)
+        return logprobs(logits, anything).entropy.to(softmax_dtype(logits))
 
     return compute_entropy
 
@@ -49,7 +50,7 @@ def get_advantages_and_returns(original: Callable) -> Callable:
 
 
 def policy_loss(original: Callable) -> Callable:
-    """``PolicyLoss.forward``; GSPO, and what corrects for another engine's logprobs, run OpenRLHF's own."""
+    """``PolicyLoss.forward``; GSPO, corrections for another engine's logprobs, and the unusual, run OpenRLHF's own."""
 
     def forward(
         self: Any,
@@ -63,9 +64,11 @@ def policy_loss(original: Callable) -> Callable:
         global_batch_size: float | None = None,
     ) -> tuple:
         counts = (dp_size, batch_num_tokens, global_batch_size)
-        if self.policy_loss_type != "ppo" or self.is_correction_level != "off":
+        plain = is_plain(log_probs, action_mask, old_log_probs, advantages)
+        if not plain or self.policy_loss_type != "ppo" or self.is_correction_level != "off":
             return original(self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, *counts)
-        mask, advantages = _mask(action_mask, log_probs), advantages.expand_as(log_probs)
+        mask = _mask(action_mask, log_probs)
+        old_log_probs, advantages = old_log_probs.expand_as(log_probs), advantages.expand_as(log_probs)
         aggregate, factor = _aggregate(self.token_level_loss, mask, *counts)
         loss, stats = ppo_loss(
             log_probs, old_log_probs, advantages, mask, cliprange=(self.clip_eps_low, self.clip_eps_high),
@@ -74,7 +77,7 @@ def policy_loss(original: Callable) -> Callable:
         with torch.no_grad():  # these are means over the tokens, however the loss is aggregated
             ratio = torch.where(mask, log_probs.detach() - old_log_probs, 0)
             if aggregate == {"aggregate": "token_mean", "denominator": None}:
-                clipped = stats["clipfrac"]
+                clipped = stats["clipfrac"].float()
             else:
                 r = ratio.clamp(-20, 20).exp()
                 beyond = r.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages < r * advantages
@@ -98,10 +101,15 @@ def value_loss(original: Callable) -> Callable:
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
-        mask = _mask(action_mask, values)
-        aggregate, factor = _aggregate(self.token_level_loss, mask, dp_size, batch_num_tokens, global_batch_size)
+        counts, olds = (dp_size, batch_num_tokens, global_batch_size), () if self.clip_eps is None else (old_values,)
+        if not is_plain(values, action_mask, returns, *olds):
+            return original(self, values, old_values, returns, action_mask, *counts)
+        mask, returns = _mask(action_mask, values), returns.expand_as(values)
+        aggregate, factor = _aggregate(self.token_level_loss, mask, *counts)
         none = torch.zeros((), device=values.device).expand(values.shape)  # no policy in this loss
-        clip = {} if self.clip_eps is None else {"old_values": old_values, "cliprange_value": self.clip_eps}
+        clip: dict[str, Any] = {}
+        if olds:
+            clip = {"old_values": old_values.expand_as(values), "cliprange_value": self.clip_eps}
         loss, _ = ppo_loss(none, none, none, mask, values=values, returns=returns, vf_coef=1.0, **clip, **aggregate)
         return loss * factor
 
@@ -117,10 +125,8 @@ def _aggregate(
 ) -> tuple[dict[str, Any], float]:
     """The arguments of `ppo_loss`, and what its loss is multiplied with."""
     count = batch_num_tokens if token_level else global_batch_size
-    if isinstance(count, Tensor) and count.device != mask.device:
-        count = float(count)
     name = "token_mean" if token_level else "seq_mean_token_mean"
-    return {"aggregate": name, "denominator": count}, 1.0 if count is None else float(dp_size)
+    return {"aggregate": name, "denominator": divisor(count, mask.device)}, 1.0 if count is None else float(dp_size)
 
 
 _COUNTS = "dp_size=1, batch_num_tokens=None, global_batch_size=None"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast.integrations import trl_dpo, trl_losses
 from rlhf_fast.integrations.head import Head, HeadLogprobs
+from rlhf_fast.integrations.inputs import softmax_dtype
 from rlhf_fast.integrations.patching import Peer, Replacement
 from rlhf_fast.ops.logprobs import logprobs
 
@@ -102,7 +103,7 @@ def _dtype(logits: Tensor, *others: Any) -> torch.dtype:
     utils = import_module(UTILS)
     there = getattr(utils, "_fused_logprob_entropy", None) is not None  # since 1.14, where Triton is installed
     kernel = there and utils._supports_trl_loss_kernel(logits, *others)
-    return torch.float32 if kernel else logits.dtype
+    return torch.float32 if kernel else softmax_dtype(logits)
 
 
 def _head(*, bias: bool, outputs: bool) -> Callable:

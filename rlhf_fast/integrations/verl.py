@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.integrations.inputs import divisor, is_plain, softmax_dtype
 from rlhf_fast.integrations.patching import Peer, Replacement
 from rlhf_fast.losses.statistics import masked_mean, whiten
 from rlhf_fast.ops.gae import gae
@@ -34,7 +35,7 @@ def logprobs_from_logits(original: Callable) -> Callable:
 
     def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
         found = logprobs(logits, labels).logprobs
-        return found if flash else found.to(logits.dtype)
+        return found if flash else found.to(softmax_dtype(logits))
 
     return logprobs_from_logits
 
@@ -43,7 +44,7 @@ def entropy_from_logits(original: Callable) -> Callable:
     """Entropy of every row of logits, in their dtype."""
 
     def entropy_from_logits(logits: Tensor) -> Tensor:
-        return _entropy(logits).to(logits.dtype)
+        return _entropy(logits).to(softmax_dtype(logits))
 
     return entropy_from_logits
 
@@ -73,7 +74,7 @@ def compute_gae_advantage_return(original: Callable) -> Callable:
 
 
 def compute_policy_loss_vanilla(original: Callable) -> Callable:
-    """The clipped loss with its dual clip; with weights for the rollouts verl's own function runs."""
+    """The clipped loss with its dual clip; with weights for the rollouts, and whatever is unusual, verl's own runs."""
 
     def compute_policy_loss_vanilla(
         old_log_prob: Tensor,
@@ -84,13 +85,16 @@ def compute_policy_loss_vanilla(original: Callable) -> Callable:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        if rollout_is_weights is not None or loss_agg_mode not in AGGREGATES or not hasattr(config, "clip_ratio"):
-            given = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+        given = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+        plain = rollout_is_weights is None and is_plain(log_prob, response_mask, old_log_prob, advantages)
+        if not plain or loss_agg_mode not in AGGREGATES or not hasattr(config, "clip_ratio"):
             return original(*given)
         low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
         high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
         mask, bound = response_mask != 0, config.get("clip_ratio_c", 3.0)
-        advantages = advantages.expand_as(log_prob)
+        if not (low >= 0 and high >= 0 and bound > 1):
+            return original(*given)
+        old_log_prob, advantages = old_log_prob.expand_as(log_prob), advantages.expand_as(log_prob)
         aggregate, factor = _aggregate(loss_agg_mode, mask, **config.global_batch_info)
         loss, _ = ppo_loss(
             log_prob, old_log_prob, advantages, mask, cliprange=(low, high), dual_clip=bound, log_ratio_clamp=20.0,
@@ -118,15 +122,18 @@ def compute_value_loss(original: Callable) -> Callable:
         global_batch_size: int | None = None,
         loss_scale_factor: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask, width = response_mask != 0, float(cliprange_value)
         counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+        if not is_plain(vpreds, response_mask, returns, values) or not cliprange_value > 0:
+            return original(vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode, *counts)
+        returns, values = returns.expand_as(vpreds), values.expand_as(vpreds)
+        mask, width = response_mask != 0, float(cliprange_value)
         aggregate, factor = _aggregate(loss_agg_mode, mask, *counts)
         none = torch.zeros((), device=vpreds.device).expand(vpreds.shape)  # no policy in this loss
         loss, stats = ppo_loss(
             none, none, none, mask, values=vpreds, old_values=values, returns=returns, vf_coef=1.0,
             cliprange_value=width, **aggregate,
         )  # fmt: skip
-        clipped = stats["value_clipfrac"]
+        clipped = stats["value_clipfrac"].float()
         if aggregate != {"aggregate": "token_mean", "denominator": None}:
             with torch.no_grad():  # verl's fraction is that of the tokens, however the loss is aggregated
                 near = torch.clamp(vpreds, values - width, values + width)
@@ -156,22 +163,21 @@ def _aggregate(
     if dp_size > 1 and count is None and mode != "token-sum":
         what = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
         raise ValueError(f"with dp_size {dp_size} the mode {mode} needs {what}, of all ranks")
-    if isinstance(count, Tensor) and count.device != mask.device:
-        count = float(count)
     factor = float(dp_size)
     if mode == "seq-mean-token-sum-norm":
         factor = factor / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    return {"aggregate": AGGREGATES[mode], "denominator": count}, factor
+    return {"aggregate": AGGREGATES[mode], "denominator": divisor(count, mask.device)}, factor
 
 
 @torch.no_grad()
 def _clipped(log_ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, bound: float) -> Tensor:
     """The tokens' share that is clipped, their KL (k1, clamped) and the share that is clipped from below: ``[3]``."""
-    log_ratio, a = torch.where(mask, log_ratio, 0).clamp(-20, 20), torch.where(mask, advantages, 0)
-    ratio = log_ratio.exp()
-    unclipped, clipped = -a * ratio, -a * ratio.clamp(1 - low, 1 + high)
-    lower = (torch.maximum(unclipped, clipped) > -a * bound) & (a < 0)
-    return torch.stack([masked_mean(x.float(), mask) for x in (clipped > unclipped, -log_ratio, lower)])
+    log_ratio, negative = torch.where(mask, log_ratio, 0).clamp_(-20, 20), torch.where(mask, advantages, 0).neg_()
+    unclipped = log_ratio.exp()
+    clipped = unclipped.clamp(1 - low, 1 + high).mul_(negative)
+    unclipped.mul_(negative)
+    lower = (torch.maximum(unclipped, clipped) > negative * bound) & (negative > 0)
+    return torch.stack([masked_mean(x.float(), mask) for x in (clipped > unclipped, log_ratio.neg_(), lower)])
 
 
 PEER = Peer(

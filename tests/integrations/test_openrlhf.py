@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import agree, import_with_stubs, needs
 from tiny import tiny_llama
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlhf_fast as rf
 
@@ -153,6 +154,36 @@ def test_what_the_op_has_not_runs_openrlhfs_own(ours, options):
     assert [x if x is None else x.item() for x in found[0]] == [x if x is None else x.item() for x in found[1]]
 
 
+@pytest.mark.parametrize("name", ["policy", "value"])
+def test_gradients_of_other_inputs_and_what_broadcasts_are_openrlhfs(ours, name):
+    given = batch(0)
+    module, mask = {"policy": loss.PolicyLoss(), "value": loss.ValueLoss(0.2)}[name], given[3].long()
+
+    def call(functions, *x, m=mask):
+        found = functions[name](module, *x, m)
+        return found[0] if name == "policy" else found
+
+    for i in range(3):
+        agree(*(lambda x, f=f, i=i: call(f, *given[:i], x, *given[i + 1 : 3]) for f in (ours, THEIRS)), given[i])
+    agree(*(lambda x, f=f: call(f, x, x, given[2]) for f in (ours, THEIRS)), given[0])  # one tensor in two places
+    agree(*(lambda x, f=f: call(f, x, given[1][:, :1], given[2][:1]) for f in (ours, THEIRS)), given[0])
+    three = [x[None] for x in given[1:3]]
+    agree(*(lambda x, f=f: call(f, x[None], *three, m=mask[None]) for f in (ours, THEIRS)), given[0])
+
+
+def test_autocast_on_a_gpu_makes_float32(ours):
+    """No GPU is needed to ask for dtypes."""
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 5, dtype=torch.bfloat16, device="cuda")
+        ids = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            for name, rest in (("log_probs_from_logits", (ids,)), ("compute_entropy", ())):
+                assert ours[name](logits, *rest).dtype == THEIRS[name](logits, *rest).dtype == torch.float32
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
 def test_nan_in_the_padding_stays_there(ours):
     """OpenRLHF multiplies by its mask, and NaN times 0 is NaN."""
     first, second, third, mask = batch(3)
@@ -179,6 +210,8 @@ def test_an_empty_mask_is_a_loss_of_zero(ours):
         mine, its = (x[0] if isinstance(x, tuple) else x for x in found)
         assert mine == 0
         assert its.isnan()
+        found = ours[name](module, first, second, third, none, batch_num_tokens=0)  # nor in the whole batch
+        assert (found[0] if isinstance(found, tuple) else found) == 0
 
 
 def test_masked_positions_are_zero(ours):

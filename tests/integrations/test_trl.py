@@ -194,6 +194,21 @@ def test_a_head_without_a_row_has_a_graph(ours):
     out = ours[HEAD].apply(*head_arguments(hidden, weight, None, torch.empty(0, dtype=torch.int64), 1.0, None, 1.0))
     out[0].sum().backward()
     assert weight.grad.abs().sum() == 0
+    expected = THEIRS[HEAD].apply(
+        *head_arguments(hidden, weight, None, torch.empty(0, dtype=torch.int64), 1.0, None, 1.0)
+    )
+    assert [(x.shape, x.dtype) for x in out] == [(x.shape, x.dtype) for x in expected]
+
+
+def test_a_head_in_float64_has_gradients(ours):
+    *leaves, ids = (x.double() if x.is_floating_point() else x for x in head_inputs(5, 11, 0))
+    bias = leaves.pop() if VERSION >= (1, 13, 0) else None
+    agree(
+        lambda h, w: ours[HEAD].apply(*head_arguments(h, w, bias, ids, 0.7, None, 1.0))[0],
+        lambda h, w: ((h @ w.t() + (0 if bias is None else bias)) / 0.7).log_softmax(-1)[range(5), ids],
+        *leaves,
+        tolerance=1e-12,
+    )
 
 
 def test_the_heads_entropy_has_a_gradient(ours):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peers import agree, import_with_stubs, needs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlhf_fast as rf
 
@@ -153,6 +154,46 @@ def test_weights_of_the_rollouts_run_verls_own(ours):
     assert a == b
 
 
+def test_gradients_of_other_inputs_are_verls(ours):
+    """No loss of verl asks for them. Where somebody does its own runs, and so it does for what broadcasts oddly."""
+    given = batch(0)
+    mask = given[3].long()
+    f, g = "compute_policy_loss_vanilla", "compute_value_loss"
+    for name, rest in ((f, ("token-mean", config())), (g, (0.5,))):
+        for i in range(3):
+            agree(*(
+                lambda x, h=h, i=i, rest=rest, name=name: h[name](*given[:i], x, *given[i + 1 : 3], mask, *rest)[0]
+                for h in (ours, THEIRS)
+            ), given[i])  # fmt: skip
+        x = given[0].clone().requires_grad_()
+        loss = ours[name](x, x, *given[2:3], mask, *rest)[0]  # one tensor in two places
+        expected = THEIRS[name](x, x, *given[2:3], mask, *rest)[0]
+        torch.testing.assert_close(*(torch.autograd.grad(a, x) for a in (loss, expected)))
+    logp, old, advantages, _ = given
+    odd = {"old": (old[:, :1], logp, advantages), "three": (old[None], logp[None], advantages[None]),
+           "signs": (old, logp, advantages.sign().long()), "narrow": (old, logp[:, :1], advantages)}  # fmt: skip
+    for tensors in odd.values():
+        m = mask[None] if tensors[0].dim() == 3 else mask
+        agree(*(lambda x, h=h, t=tensors, m=m: h[f](t[0], x, t[2], m, "seq-mean-token-mean", config())[0]
+                for h in (ours, THEIRS)), tensors[1])  # fmt: skip
+    with pytest.raises(AssertionError, match="greater than 1"):
+        ours[f](old, logp, advantages, mask, "token-mean", config(clip_ratio_c=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_a_gpu_makes_float32(ours, dtype):
+    """verl's engine runs under it. No GPU is needed to ask for dtypes."""
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 5, dtype=dtype, device="cuda")
+        ids = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            for name, rest in ((NAMES[0], (ids,)), (NAMES[1], ())):
+                assert ours[name](logits, *rest).dtype == THEIRS[name](logits, *rest).dtype == torch.float32
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
 def test_the_registries_hold_ours_and_then_verls_again():
     with rf.patch("verl"):
         assert algos.get_policy_loss_fn("vanilla") is algos.compute_policy_loss_vanilla
@@ -207,7 +248,8 @@ def test_an_empty_mask_is_a_loss_of_zero(ours):
     none = torch.zeros_like(mask).long()
     f = "compute_policy_loss_vanilla"
     assert THEIRS[f](old, logp, advantages, none, "token-mean", config())[0].isnan()
-    assert ours[f](old, logp, advantages, none, "token-mean", config())[0] == 0
+    for counts in ({}, {"batch_num_tokens": 0}, {"batch_num_tokens": torch.tensor(0)}):  # nor in the whole batch
+        assert ours[f](old, logp, advantages, none, "token-mean", config(info=counts))[0] == 0
     one = torch.zeros_like(mask).long()
     one[0, 0] = 1
     g = "compute_gae_advantage_return"
