@@ -62,7 +62,17 @@ struct Lanes {
   static INLINE Floats floats(Words x) { return reinterpret_cast<Floats>(x); }
   static INLINE Words words(Floats x) { return reinterpret_cast<Words>(x); }
   static INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where one of them is NaN
-  static INLINE Floats first(Floats x, int64_t count, float rest) {          // lanes from `count` on become `rest`
+  // A product as it is rounded: what is subtracted from it next must not be fused into it. A logit and the logsumexp of
+  // its row, which is about that logit where a token is certain, would leave the rounding of the one for their gap.
+  static INLINE Floats rounded(Floats x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+  }
+  static INLINE Floats first(Floats x, int64_t count, float rest) {  // lanes from `count` on become `rest`
     Words lane;
     for (int i = 0; i < L; i++) lane[i] = i;
     return lane < static_cast<uint32_t>(count) ? x : fill(rest);

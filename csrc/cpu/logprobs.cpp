@@ -48,13 +48,13 @@ struct Backward {
   // Of as many logits at once; `chosen` is what a chosen one adds.
   template <int L, bool CAPPED, class V>
   static INLINE V gradient(V x, V chosen, V low, const Upstream<float>& up, const Scaling& scaling) {
-    V slope = Lanes<L>::fill(scaling.per_temperature), z = x * scaling.per_temperature;
+    V slope = Lanes<L>::fill(scaling.per_temperature);
     if constexpr (CAPPED) {
       const V t = Lanes<L>::tanh(x * scaling.per_softcap);
-      z = scaling.softcap * t * scaling.per_temperature;
+      x = scaling.softcap * t;
       slope *= 1.0f - t * t;
     }
-    const V logp = z - up.row_lse;
+    const V logp = Lanes<L>::rounded(x * scaling.per_temperature) - up.row_lse;
     const V from_p = Lanes<L>::exp(logp, low) * ((up.lse - up.logprob) - up.entropy * (logp + up.row_entropy));
     return ((logp == -infinity ? V{} : from_p) + chosen) * slope;  // a select: 0 * -inf
   }

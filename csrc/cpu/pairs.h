@@ -38,6 +38,7 @@ struct Pair {
 template <int L, class T, class U, class F>
 INLINE void each_pair(const T* from, const U* ref_from, int64_t count, const Scaling& scaling, F take) {
   using N = Lanes<L>;
+  const auto scaled = [&](auto x) __attribute__((always_inline)) { return scaling.apply<L, Scale::temperature>(x); };
   typename N::Floats z[2], w[2];
   int64_t i = 0;
   for (; i + 2 * L <= count; i += 2 * L) {
@@ -46,7 +47,7 @@ INLINE void each_pair(const T* from, const U* ref_from, int64_t count, const Sca
     } else {
       for (int k = 0; k < 2; k++) z[k] = N::load(from + i + k * L), w[k] = N::load(ref_from + i + k * L);
     }
-    for (int k = 0; k < 2; k++) z[k] *= scaling.per_temperature, w[k] *= scaling.per_temperature;
+    for (int k = 0; k < 2; k++) z[k] = scaled(z[k]), w[k] = scaled(w[k]);
     take(z, w);
   }
   if (i == count) return;
@@ -56,8 +57,8 @@ INLINE void each_pair(const T* from, const U* ref_from, int64_t count, const Sca
   std::memcpy(static_cast<void*>(ref_rest), ref_from + i, (count - i) * sizeof(U));
   for (int k = 0; k < 2; k++) {
     const int64_t valid = std::clamp<int64_t>(count - i - k * L, 0, L);
-    z[k] = N::first(N::load(rest + k * L) * scaling.per_temperature, valid, -infinity);
-    w[k] = N::first(N::load(ref_rest + k * L) * scaling.per_temperature, valid, -infinity);
+    z[k] = N::first(scaled(N::load(rest + k * L)), valid, -infinity);
+    w[k] = N::first(scaled(N::load(ref_rest + k * L)), valid, -infinity);
   }
   take(z, w);
 }

@@ -29,8 +29,8 @@ struct Scaling {
   template <int L, Scale SCALE, class V>
   INLINE V apply(V x) const {
     if constexpr (SCALE == Scale::none) return x;
-    if constexpr (SCALE == Scale::temperature) return x * per_temperature;
-    return softcap * Lanes<L>::tanh(x * per_softcap) * per_temperature;
+    if constexpr (SCALE == Scale::temperature) return Lanes<L>::rounded(x * per_temperature);
+    return Lanes<L>::rounded(softcap * Lanes<L>::tanh(x * per_softcap) * per_temperature);
   }
   template <int L, class V>
   INLINE V apply(V x) const {

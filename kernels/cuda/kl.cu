@@ -45,7 +45,7 @@ __device__ void load(const Model& model, int64_t start, int64_t first, int64_t s
   if constexpr (std::is_void_v<T>) {
 #pragma unroll
     for (int j = 0; j < SIDE; j++)
-      z[j] = first + j < size ? model.at<A>(start, first + j) * per_temperature : A(-INFINITY);
+      z[j] = first + j < size ? product(model.at<A>(start, first + j), per_temperature) : A(-INFINITY);
   } else {
     struct alignas(16) Pack {
       T x[SIDE];
@@ -53,7 +53,7 @@ __device__ void load(const Model& model, int64_t start, int64_t first, int64_t s
     const T* from = static_cast<const T*>(model.data) + start + first;
     if (first < size) pack = *reinterpret_cast<const Pack*>(from);
 #pragma unroll
-    for (int j = 0; j < SIDE; j++) z[j] = first < size ? widen(pack.x[j]) * per_temperature : A(-INFINITY);
+    for (int j = 0; j < SIDE; j++) z[j] = first < size ? product(A(widen(pack.x[j])), per_temperature) : A(-INFINITY);
   }
 }
 
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(THREADS, std::is_void_v<T> ? 1 : 3) kl_kernel(
   if (!args.chosen) return;
   const int64_t id = args.choices.id(i);
   const bool inside = id >= 0 && id < args.size;
-  const A z = inside ? args.policy.template at<A>(start, id) * args.per_temperature : A(NAN);
-  const A w = inside ? args.ref.template at<A>(ref_start, id) * args.per_temperature : A(NAN);
+  const A z = inside ? product(args.policy.template at<A>(start, id), args.per_temperature) : A(NAN);
+  const A w = inside ? product(args.ref.template at<A>(ref_start, id), args.per_temperature) : A(NAN);
   out.logprobs[i] = z - pair.policy.base() - log_total;
   out.ref_logprobs[i] = w - pair.ref_base() - ref_log_total;
 }

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM<T, VECTOR>)
 #pragma unroll
     for (int k = 0; k < ITEMS; k++) {
       const A capped = args.scaling.template capped<MAYBE_CAPPED>(widen(items[k]));
-      const A logp = capped * args.scaling.per_temperature - lse;
+      const A logp = product(capped, args.scaling.per_temperature) - lse;
       const A from_p = exponential(logp) * (rest - h * (logp + entropy));
       A dz = logp == A(-INFINITY) ? A(0) : from_p;  // a select: 0 * -inf
       dz += Items<T, VECTOR>::place(at, k) == id ? g : A(0);

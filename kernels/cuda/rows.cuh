@@ -137,6 +137,11 @@ struct Items {
 __device__ float exponential(float x) { return power_of_two(x * 1.44269504088896341f); }
 __device__ double exponential(double x) { return exp(x); }
 
+// A product as it is rounded: no fused operation swallows it. A logit and the logsumexp of its row, which is about that
+// logit where a token is certain, would leave the rounding of the one for their gap.
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
+
 // z = softcap * tanh(x / softcap) / temperature, without the cap where it is 0.
 template <class A>
 struct Scaling {
@@ -152,7 +157,7 @@ struct Scaling {
   }
   template <bool MAYBE_CAPPED>
   __device__ A of(A x) const {
-    return capped<MAYBE_CAPPED>(x) * per_temperature;
+    return product(capped<MAYBE_CAPPED>(x), per_temperature);
   }
 };
 

@@ -85,10 +85,6 @@ __device__ A element(const void* data, Dtype dtype, int64_t at) {
   }
 }
 
-// A product rounded on its own, so that no fused operation swallows it: bits are the reference's.
-__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
-__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
-
 // The logits of one row, A the type in which they are compared; BARE: without bias, penalties and forbidden tokens.
 template <class A, bool BARE>
 struct Line {

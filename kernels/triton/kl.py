@@ -136,8 +136,9 @@ def kl_backward_kernel(
     ref_ptr += rows.sided(at, SIDE)
     start = row * 0
     while start < size:
-        logp = tl.fma(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), scale, -lse)
-        ref_logp = tl.fma(rows.load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK), scale, -ref_lse)
+        # Products as they are rounded: the logit of a certain token and its logsumexp are one number.
+        logp = rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK) * scale - lse
+        ref_logp = rows.load(ref_ptr, start, ref_stride_v, size, dtype, SIDE, BLOCK) * scale - ref_lse
         # An infinite KL that nobody asks about must not reach the gradient as 0 * inf.
         slope = tl.fma(-h, logp + entropy, tl.where(k == 0, 0.0, k * (logp - ref_logp - kl)) - g)
         dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * slope)

@@ -117,7 +117,7 @@ def logprobs_backward_kernel(
     start = row * 0
     while start < size:
         capped = _capped(rows.load(logits_ptr, start, logits_stride_v, size, dtype, SIDE, BLOCK), softcap, CAPPED)
-        logp = tl.fma(capped, scale, -lse)
+        logp = capped * scale - lse  # a product as it is rounded: that of a certain token and its lse are one number
         dz = tl.where(logp == float("-inf"), 0.0, tl.exp(logp) * tl.fma(-h, logp + entropy, up - g))
         dz += rows.only_at(chosen, start, g, BLOCK)
         if CAPPED:

@@ -228,6 +228,21 @@ def test_gradient(run, device, gradient, dtype, shape, temperature):
     assert bool((error <= rounding * exact.grad.abs() + (1e-13 if dtype == torch.float64 else 6e-6)).all())
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.3])
+@pytest.mark.parametrize("size", [1, 64, 5000])
+def test_a_certain_token_is_certain_at_any_temperature(run, device, gradient, temperature, size):
+    """Its logit, fused with the division by the temperature, would miss the logsumexp by what was rounded there."""
+    logits, ids = torch.zeros(3, size), torch.full((3,), size // 2)
+    logits[torch.arange(3), ids] = torch.tensor([29.0, 47.0, 60.0])
+    models = logits, 0.9 * logits
+    expected = oracle(*models, ids, temperature)
+    found = run(*(t.to(device) for t in (*models, ids)), temperature=temperature)
+    for ours, theirs in zip(found, expected, strict=False):
+        assert (ours.cpu() - theirs).abs().max() <= 1e-10
+    ones = torch.ones(3)
+    assert gradient(*models, ids, upstream=(ones, ones, ones), temperature=temperature).abs().max() <= 1e-10
+
+
 def test_an_infinite_kl_that_nobody_asks_about_has_no_gradient(run, device, gradient):
     logits, ref_logits, ids = case((2, 9), seed=9)
     ref_logits[0, 3] = -math.inf

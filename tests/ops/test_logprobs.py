@@ -218,6 +218,20 @@ def test_gradient(run, device, gradient, dtype, shape, numbers):
     assert bool((error <= rounding * exact.grad.abs() + (1e-13 if dtype == torch.float64 else 4e-6)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numbers", [{"temperature": 0.7}, {"temperature": 0.3}, {"softcap": 50.0, "temperature": 0.3}])
+@pytest.mark.parametrize("size", [1, 64, 5000])
+def test_a_certain_token_is_certain_at_any_temperature(run, device, gradient, dtype, numbers, size):
+    """Its logit, fused with the division by the temperature, would miss the logsumexp by what was rounded there."""
+    logits, ids = torch.zeros(3, size, dtype=dtype), torch.full((3,), size // 2)
+    logits[torch.arange(3), ids] = torch.tensor([29.0, 47.0, 60.0], dtype=dtype)
+    found = run(logits.to(device), ids.to(device), **numbers)
+    for ours, theirs in zip(found[:2], oracle(logits, ids, **numbers)[:2], strict=True):
+        assert (ours.cpu() - theirs).abs().max() <= 1e-10
+    ones = torch.ones(3)
+    assert gradient(logits, ids, upstream=(ones, ones, 0 * ones), **numbers).abs().max() <= 1e-10
+
+
 def test_pitfall_05_the_entropy_has_a_gradient(run, device, gradient):
     # TRL's chunked head returns an entropy whose gradient is silently 0.
     logits, ids = case((3, 20), torch.float64, seed=8)
