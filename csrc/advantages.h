@@ -63,6 +63,7 @@ inline void check_advantages(const AdvantagesTensors& t) {
        {&t.scores, &t.ref_logprobs, &t.values, &t.last_values, &t.price, &t.advantages, &t.returns, &t.rewards})
     require_advantages(!*view || view->dtype == t.logprobs.dtype, "all tensors must have the dtype of logprobs");
   require_advantages(t.mask.dtype == Dtype::boolean, "mask must be bool");
+  require_contiguous("advantages", {&t.advantages, &t.returns, &t.rewards});
 }
 
 // A token's KL as it enters its reward. A price of 0 is none, even of an infinite KL.

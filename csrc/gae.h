@@ -15,7 +15,7 @@ inline void check_gae(const View& rewards, const View& values, const View& mask,
   const auto require = [](bool holds, const char* rule) {
     if (!holds) throw std::invalid_argument(std::string("gae: ") + rule);
   };
-  const bool packed = cu_seqlens.dims > 0;
+  const bool packed = !cu_seqlens.absent();
   require(rewards.dims == (packed ? 1 : 2), "rewards must be [B, T], or [N] with cu_seqlens");
   require(rewards.dtype == Dtype::float32 || rewards.dtype == Dtype::float64, "rewards must be float32 or float64");
   for (const View* view : {&values, &mask, &advantages, &returns}) {
@@ -32,6 +32,7 @@ inline void check_gae(const View& rewards, const View& values, const View& mask,
   const int64_t sequences = packed ? cu_seqlens.shape[0] - 1 : rewards.shape[0];
   require(!last_values || (last_values.dims == 1 && last_values.shape[0] == sequences), "last_values must be [B]");
   require(!last_values || last_values.dtype == rewards.dtype, "last_values must have the dtype of rewards");
+  require_contiguous("gae", {&advantages, &returns});
   require(holes == "skip" || holes == "zero", "holes must be skip or zero");
 }
 

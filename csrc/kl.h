@@ -28,6 +28,7 @@ inline void check_kl(const View& logits, const View& ref_logits, const View& ids
   const Dtype dtype = float_result(logits, ref_logits);
   checks.per_row({{kl, "kl"}, {entropy, "entropy"}, {lse, "lse"}, {ref_lse, "ref_lse"}}, dtype);
   if (ids) checks.per_row({{logprobs, "logprobs"}, {ref_logprobs, "ref_logprobs"}}, dtype);
+  require_contiguous("kl", {&kl, &logprobs, &ref_logprobs, &entropy, &lse, &ref_lse});
 }
 
 inline void check_kl_backward(const View& grad_kl, const View& grad_logprobs, const View& grad_entropy,
@@ -41,6 +42,7 @@ inline void check_kl_backward(const View& grad_kl, const View& grad_logprobs, co
   checks.per_row({{kl, "kl"}, {entropy, "entropy"}, {lse, "lse"}, {ref_lse, "ref_lse"}}, dtype);
   checks.like_logits(grad, "the gradient");
   checks.require(grad.dtype == logits.dtype, "the gradient must have the dtype of logits");
+  require_contiguous("kl", {&grad});
 }
 
 }  // namespace rlhf_fast

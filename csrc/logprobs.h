@@ -23,6 +23,7 @@ inline void check_logprobs(const View& logits, const View& ids, const View& mask
                            std::optional<double> softcap, const View& logprobs, const View& entropy, const View& lse) {
   const RowChecks checks = check_scaled_rows(logits, ids, mask, temperature, softcap);
   checks.per_row({{logprobs, "logprobs"}, {entropy, "entropy"}, {lse, "lse"}}, float_result(logits));
+  require_contiguous("logprobs", {&logprobs, &entropy, &lse});
 }
 
 inline void check_logprobs_backward(const View& grad_logprobs, const View& grad_entropy, const View& grad_lse,
@@ -38,6 +39,7 @@ inline void check_logprobs_backward(const View& grad_logprobs, const View& grad_
                  float_result(logits));
   checks.like_logits(grad, "the gradient");
   checks.require(grad.dtype == logits.dtype, "the gradient must have the dtype of logits");
+  require_contiguous("logprobs", {&grad});
 }
 
 }  // namespace rlhf_fast

@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 namespace rlhf_fast {
@@ -26,7 +28,21 @@ struct View {
     return static_cast<T*>(data);
   }
   explicit operator bool() const { return data != nullptr; }
+  bool absent() const { return data == nullptr && dims == 0; }  // Python's None; one without elements is not
 };
+
+// Outputs are written without their strides. Throws std::invalid_argument, Python's ValueError.
+inline void require_contiguous(const char* op, std::initializer_list<const View*> outputs) {
+  for (const View* view : outputs) {
+    int64_t step = 1;
+    bool contiguous = true;
+    for (int d = view->dims - 1; d >= 0; d--) {
+      contiguous = contiguous && (view->shape[d] == 1 || view->stride[d] == step);
+      step *= view->shape[d];
+    }
+    if (!contiguous && step > 0) throw std::invalid_argument(std::string(op) + ": outputs must be contiguous");
+  }
+}
 
 namespace cpu {
 void advantages(View scores, View logprobs, View ref_logprobs, View values, View mask, View last_values, View price,

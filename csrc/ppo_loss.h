@@ -69,13 +69,18 @@ inline bool same_shape(const View& a, const View& b) {
 
 // Throws std::invalid_argument, Python's ValueError: a wrong dtype or shape would be a wrong address.
 inline void check_ppo_loss(const PPOLossTensors& t, const PPOLossNumbers& numbers) {
-  const auto given = [](const View& view) { return view.dims > 0; };  // without any token there is no address either
+  const auto given = [](const View& view) { return !view.absent(); };
   require_ppo_loss(t.logprobs.dims == 1 || t.logprobs.dims == 2, "logprobs must be [B, T] or [N]");
   require_ppo_loss(t.logprobs.dtype == Dtype::float32 || t.logprobs.dtype == Dtype::float64,
                    "logprobs must be float32 or float64");
+  // What stands in the place of a gradient that there is none of is not written to.
+  const View none, &grad_values = given(t.values) ? t.grad_values : none;
+  const View& grad_entropy = given(t.entropy) ? t.grad_entropy : none;
+  require_ppo_loss(given(t.values) == given(grad_values) && given(t.entropy) == given(grad_entropy),
+                   "values and entropy need a gradient each");
   for (const View* view : {&t.old_logprobs, &t.advantages, &t.values, &t.old_values, &t.returns, &t.entropy,
-                           &t.ref_logprobs, &t.grad_logprobs}) {
-    const bool optional = view != &t.old_logprobs && view != &t.advantages;
+                           &t.ref_logprobs, &t.grad_logprobs, &grad_values, &grad_entropy}) {
+    const bool optional = view != &t.old_logprobs && view != &t.advantages && view != &t.grad_logprobs;
     if (optional && !given(*view)) continue;
     require_ppo_loss(same_shape(*view, t.logprobs), "all tensors must have the shape of logprobs");
     require_ppo_loss(view->dtype == t.logprobs.dtype, "all tensors must have the dtype of logprobs");
@@ -85,6 +90,11 @@ inline void check_ppo_loss(const PPOLossTensors& t, const PPOLossNumbers& number
   require_ppo_loss(given(t.values) == given(t.returns), "values and returns must be given together");
   require_ppo_loss(!t.denominator || (t.denominator.dims == 0 && t.denominator.dtype == t.logprobs.dtype),
                    "denominator must be 0-d and have the dtype of logprobs");
+  require_ppo_loss(t.loss && t.loss.dims == 0 && t.loss.dtype == t.logprobs.dtype,
+                   "loss must be 0-d and have the dtype of logprobs");
+  require_ppo_loss(t.stats.dims == 1 && t.stats.shape[0] == ppo_loss_stats && t.stats.dtype == t.logprobs.dtype,
+                   "stats must be [9] and have the dtype of logprobs");
+  require_contiguous("ppo_loss", {&t.stats, &t.grad_logprobs, &grad_values, &grad_entropy});
   require_ppo_loss(!numbers.by_sequence() || t.logprobs.dims == 2, "seq_mean_* needs [B, T]");
 }
 
@@ -94,13 +104,15 @@ inline void check_ppo_loss_backward(const View& grad_loss, const View* const (&g
   const auto require = [](bool holds, const char* rule) {
     if (!holds) throw std::invalid_argument(std::string("ppo_loss_backward: ") + rule);
   };
-  require(grad_loss.dims == 0, "grad_loss must be 0-d");
+  require(grad_loss && grad_loss.dims == 0, "grad_loss must be 0-d");
   require(grad_loss.dtype == Dtype::float32 || grad_loss.dtype == Dtype::float64,
           "grad_loss must be float32 or float64");
   for (int i = 0; i < 3; i++) {
     require(grads[i]->dims == 1 || grads[i]->dims == 2, "the gradients must be [B, T] or [N]");
     require(grads[i]->dtype == grad_loss.dtype, "the gradients must have the dtype of grad_loss");
     require(same_shape(*grads[i], *outputs[i]), "outputs must have the shape of the gradients");
+    require(outputs[i]->dtype == grad_loss.dtype, "outputs must have the dtype of grad_loss");
+    require_contiguous("ppo_loss_backward", {outputs[i]});
   }
 }
 

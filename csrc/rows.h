@@ -100,6 +100,7 @@ class RowChecks {
   }
   void per_row(const View& view, const char* name, Dtype dtype) const {
     require(is_per_row(view), std::string(name) + " must be like logits without its last dimension");
+    require(view.dims > 0 || view, std::string(name) + " must be a tensor");  // None looks like the number of one row
     require(view.dtype == dtype, std::string(name) + " has a wrong dtype");
   }
   struct Named {

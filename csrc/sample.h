@@ -31,7 +31,7 @@ inline void check_sample(const Sampling& s) {
   require(s.logits.shape[1] < 0x7fffff00, "logits must have less than 2^31 columns");
   const int64_t rows = s.logits.shape[0], size = s.logits.shape[1];
   const auto is_row = [&](const View& view, bool optional) {
-    return (optional && view.dims == 0) || (view.dims == 1 && view.shape[0] == rows);
+    return (optional && view.absent()) || (view.dims == 1 && view.shape[0] == rows);
   };
   for (const View* view : {&s.seeds, &s.positions})
     require(is_row(*view, false) && view->dtype == Dtype::int64, "seeds and positions must be [B], int64");
@@ -39,7 +39,7 @@ inline void check_sample(const Sampling& s) {
     require(is_row(*view, true) && (!*view || view->dtype == Dtype::float64), "knobs must be [B], float64");
   require(is_row(s.top_k, true) && (!s.top_k || s.top_k.dtype == Dtype::int64), "top_k must be [B], int64");
   for (const View* view : {&s.counts, &s.bias, &s.allowed})
-    require(view->dims == 0 || (view->dims == 2 && view->shape[0] == rows && view->shape[1] == size),
+    require(view->absent() || (view->dims == 2 && view->shape[0] == rows && view->shape[1] == size),
             "token_counts, logit_bias and allowed must be [B, V]");
   require(!s.counts || integer(s.counts), "token_counts must be int64 or int32");
   require(!s.bias || real(s.bias), "logit_bias must be a float");
@@ -50,6 +50,8 @@ inline void check_sample(const Sampling& s) {
   for (const View* view : {&s.ids, &s.kept})
     require(is_row(*view, false) && view->dtype == Dtype::int64, "ids and kept must be [B], int64");
   require(is_row(s.status, false) && s.status.dtype == Dtype::int8, "status must be [B], int8");
+  require_contiguous("sample",
+                     {&s.ids, &s.logprobs, &s.policy_logprobs, &s.kept_logmass, &s.entropy, &s.kept, &s.status});
 }
 
 }  // namespace rlhf_fast

@@ -29,6 +29,14 @@ struct type_caster<rlhf_fast::View> {
       PyErr_Clear();
       return false;
     }
+    bool empty = false;
+    for (int i = 0; i < value.dims; i++) {
+      if (value.shape[i] < 0) throw value_error("a tensor has a negative size");
+      empty = empty || value.shape[i] == 0;
+    }
+    if (!value && !empty) throw value_error("a tensor has the address 0: pass None for an absent one");
+    if (value.dtype < rlhf_fast::Dtype::float32 || value.dtype > rlhf_fast::Dtype::int8)
+      throw value_error("a tensor has an unknown dtype code: they are 0 to 7");
     return true;
   }
 };

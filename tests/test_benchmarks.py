@@ -146,7 +146,7 @@ def test_compare_tells_what_became_slower(measured, tmp_path, capsys):
     measured |= {"% copy": 20.0, "ratios": {"verl's formula": 180.6, "cpp": 0.9}}
     assert cli.main([*run, str(new), "--compare", str(old), "--threshold", "1.6"]) == 1
     printed = capsys.readouterr().out
-    assert "slower: gae 64x1024 on cpu: 1.67 times its earlier time\n" in printed
+    assert "slower: gae 64x1024 on cpu: 1.67 times\n" in printed
     assert "2 of 2 cases are more than 1.6 times slower\n" in printed
     page = (new / "report.html").read_text()
     assert "✗ missed" in page
@@ -177,6 +177,17 @@ def old_file(folder, text):
     return str(folder / "old.json")
 
 
+def old_row(folder, **changed):
+    row = {"case": "64x1024", "% copy": 40.0, "ratios": {"eager": 8.0}} | changed
+    return old_file(folder, json.dumps({"gae": {"rows": [row]}}))
+
+
+def holding(folder, text):
+    """A folder for results that has some already."""
+    record.path_of(folder, "cpu", ".json").write_text(text)
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -195,7 +206,20 @@ def old_file(folder, text):
             ["--compare", lambda folder: old_file(folder, '{"gae": {"rows": [{"shape": "64"}]}}')],
             "gae has a row without",
         ),
+        (["--compare", lambda folder: old_row(folder, **{"% copy": float("nan")})], "gae has a row without"),
+        (["--compare", lambda folder: old_row(folder, **{"% copy": 0})], "gae has a row without"),
+        (["--compare", lambda folder: old_row(folder, **{"% copy": None})], "gae has a row without"),
+        (["--compare", lambda folder: old_row(folder, case=["64x1024"])], "gae has a row without"),
+        (["--compare", lambda folder: old_row(folder, ratios=["eager"])], "gae has a row without"),
+        (["--compare", lambda folder: old_row(folder, ratios={"eager": "8"})], "gae has a row without"),
+        (["--compare", lambda folder: old_file(folder, '{"gae": {"rows": 5}}')], "gae has a row without"),
+        (["--compare", lambda folder: str(Path(old_file(folder, "{}")).parent)], ", but old.json: name that file"),
         (["--out", lambda folder: old_file(folder, "")], "is not a folder"),
+        (["--out", lambda folder: holding(folder, "{")], "not a file of results (Expecting"),
+        (
+            ["--out", lambda folder: holding(folder, '{"kl": {"rows": []}}')],
+            "(kl has no goals, notes, remark, versions)",
+        ),
         (["--out", lambda folder: old_file(folder, "") + "/now"], "old.json/now: Not a directory"),
     ],
 )
@@ -218,6 +242,26 @@ def test_results_without_a_case_of_this_run_are_no_baseline(measured, tmp_path, 
     assert "has no results of gae" in capsys.readouterr().err
 
 
+def test_cases_that_only_one_run_has_are_named(measured, monkeypatch, tmp_path, capsys):
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    assert cli.main(["bench", "--op", "gae", "--out", old]) == 0
+    monkeypatch.setattr(bench_gae, "cases", lambda device, notes: iter(["64x1024", "9x9"]))
+    assert cli.main(["bench", "--op", "gae,kl", "--out", new, "--compare", old]) == 0
+    printed = capsys.readouterr().out
+    assert "not compared: gae on cpu, in this run alone: 9x9\n" in printed
+    assert "not compared: kl on cpu, in this run alone: 64x1024\n" in printed
+    assert "not compared: gae on cpu, in this run alone: 9x9" in (tmp_path / "new" / "report.html").read_text()
+    monkeypatch.setattr(bench_gae, "cases", lambda device, notes: iter(["64x1024"]))
+    assert cli.main(["bench", "--op", "gae", "--out", old, "--compare", new]) == 0
+    assert "not compared: gae on cpu, in the earlier results alone: 9x9\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_to(measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(suite.os, "access", lambda path, mode: False)  # who runs the tests may write everywhere
+    assert cli.main(["bench", "--op", "gae", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"rlhf-fast: --out {tmp_path} cannot be written to\n")
+
+
 def test_the_commands_of_the_docs_are_taken(measured, monkeypatch):
     text = Path(__file__).parents[1].joinpath("docs", "bench.md").read_text(encoding="utf-8")
     commands = re.findall(r"^rlhf-fast (bench .*?) *(?:#.*)?$", text, re.MULTILINE)
@@ -230,7 +274,8 @@ def test_the_commands_of_the_docs_are_taken(measured, monkeypatch):
         assert config.threshold == 1.25
         peers.chosen_peers(sources["peers"])
     for name in re.findall(r"`(\w[\w-]*)`", text.split("- **`--peers`** takes")[1].split("Without it")[0]):
-        assert name == "none" or name in peers.PEERS or "torch" in name
+        assert name in (*peers.PEERS, "none", "advantages") or "torch" in name
+    assert {name for name in peers.PEERS if f"`{name}`" not in text} == set()
 
 
 def test_peers_are_chosen_by_name(monkeypatch):

@@ -67,6 +67,28 @@ def test_cpp_calls_a_kernel_without_python(tmp_path):
     assert printed == re.findall(r"advantages\[2\]\);  // (.*)", source)[0] + "\n"
 
 
+def test_the_scratch_of_the_kernels_is_what_the_page_says():
+    from rlhf_fast.ops import advantages, ppo_loss, sample
+
+    said = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)`", TEXT, re.MULTILINE))
+    scratch = {name: sys.modules[op.__module__]._scratch for name, op in
+               {"advantages": advantages, "ppo_loss": ppo_loss, "sample": sample}.items()}  # fmt: skip
+    assert said.keys() == scratch.keys()
+
+    def size(op, word=4, **sizes):
+        return eval(said[op].replace("·", "*").replace("4 *", f"{word} *"), {"ceil": math.ceil}, sizes)
+
+    for rows, tokens in ((3, 5), (64, 1024), (7, 1025)):
+        x = torch.zeros(rows, tokens)
+        assert size("ppo_loss", B=rows, T=tokens) == len(scratch["ppo_loss"](x))
+        assert size("ppo_loss", B=1, T=rows * tokens) == len(scratch["ppo_loss"](x.flatten()))
+        assert size("advantages", B=rows, T=tokens) == len(scratch["advantages"](x[:, 0], x))
+        assert size("sample", B=rows, V=tokens, k=1) == len(scratch["sample"](x, None, None))
+        assert size("sample", B=rows, V=tokens, k=2) == len(scratch["sample"](x, None, None, logit_bias=x))
+        wide = size("sample", word=8, B=rows, V=tokens, k=1)
+        assert wide == len(scratch["sample"](x.double(), None, None))
+
+
 @pytest.mark.parametrize("page", ["kernels.md", "rrhf.md", "scale.md"])
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!http)([^)#]+)", (DOCS / page).read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from rlhf_fast.bench.harness import copy_bandwidth, device_name, measure, read_b
 from rlhf_fast.bench.peers import wanted
 
 REST = "the cases after these"
+PARTS = {"versions", "remark", "rows", "notes", "goals"}  # of an op, which the page shows
 
 
 def path_of(folder: Path, device: str, ending: str) -> Path:
@@ -25,9 +26,16 @@ def path_of(folder: Path, device: str, ending: str) -> Path:
 
 
 def known(folder: Path, device: str) -> dict:
-    """What ``folder``/<device>.json holds; empty where there is none. Raises ``ValueError`` where it is no JSON."""
+    """What ``folder``/<device>.json holds; empty where there is none.
+
+    Raises ``ValueError`` where it is no JSON, or has an op without what `finish` writes of one.
+    """
     path = path_of(folder, device, ".json")
-    return read(path) if path.exists() else {}
+    found = read(path) if path.exists() else {}
+    for op, record in found.items():
+        if isinstance(record, dict) and (missing := PARTS - record.keys()):
+            raise ValueError(f"{path}: not a file of results ({op} has no {', '.join(sorted(missing))})")
+    return found
 
 
 def read(path: Path) -> dict:
@@ -130,7 +138,9 @@ def finish(op: str, device: str, rows: list[dict], notes: dict[str, str], remark
     record |= {"rows": rows, "notes": notes, "goals": judged}
     path = path_of(folder, device, ".json")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known(folder, device) | {"device": device_name(device), op: record}, indent=1) + "\n")
+    whole = path.with_name(f"{path.name}.{os.getpid()}")  # what another run reads meanwhile is never half a file
+    whole.write_text(json.dumps(known(folder, device) | {"device": device_name(device), op: record}, indent=1) + "\n")
+    whole.replace(path)
     print(f"written to {path}")
     if find_spec("matplotlib"):
         from rlhf_fast.bench.chart import draw

@@ -62,6 +62,10 @@ def bench(
     if compare and not any(set(names) & set(records) for records in old.values()):
         raise ValueError(f"{compare} has no results of {', '.join(names)}")
     folder.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of measurement
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written to")
+    for place in places:
+        record.known(folder, place)
     facts = environment(places)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     record.touch_memory()
@@ -71,7 +75,7 @@ def bench(
             rows = {name: record.run(name, place, folder, peers=others, seconds=c.seconds) for name in names}
             if compare:
                 compared += comparison.changes(place, old[place], rows, c.threshold)
-                remarks.append(comparison.remark(place, compare))
+                remarks += [comparison.remark(place, compare), *comparison.alone(place, old[place], rows)]
     finally:  # interrupted: of what is there
         if any(record.path_of(folder, place, ".json").exists() for place in places):
             print(f"report in {page.write(folder, places, facts, compared, ' '.join(remarks))}")
@@ -86,7 +90,7 @@ def verdict(compared: list[dict], remarks: list[str], threshold: float) -> int:
     print("\n".join(dict.fromkeys(remarks)))
     slower = [row for row in compared if row["slower"]]
     for row in slower:
-        print(f"slower: {row['op']} {row['case']} on {row['device']}: {row['times slower']:.2f} times its earlier time")
+        print(f"slower: {row['op']} {row['case']} on {row['device']}: {row['times slower']:.2f} times")
     print(f"{len(slower)} of {len(compared)} cases are more than {threshold:g} times slower")
     return 1 if slower else 0
 

@@ -7,6 +7,7 @@ import textwrap
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -126,7 +127,7 @@ def _apply(peer: str, verbose: bool) -> Patch:
         raise ValueError(f"patch: peer must be one of {', '.join(PEERS)}, got {peer!r}")
     if any(applied.peer == peer for applied in _APPLIED):
         raise RuntimeError(f"patch({peer!r}) is in force already: undo it first")
-    if find_spec(peer) is None:
+    if not _installed(peer):
         raise ModuleNotFoundError(f"{peer} is not installed", name=peer)
     known: Peer = import_module(f"rlhf_fast.integrations.{peer}").PEER
     version = _version(peer)
@@ -267,8 +268,17 @@ def _import(peer: str, module: str) -> Any:
         raise ModuleNotFoundError(f"{module} cannot be imported: {error}", name=error.name) from error
 
 
-def _version(peer: str) -> str:
+def _installed(peer: str) -> bool:
     try:
-        return metadata.version(peer)
-    except metadata.PackageNotFoundError:
-        return str(getattr(import_module(peer), "__version__", "0"))
+        return find_spec(peer) is not None
+    except ValueError:  # imported, but made by hand: a stand-in, whose version will tell
+        return True
+
+
+def _version(peer: str) -> str:
+    with suppress(metadata.PackageNotFoundError):
+        # What an interrupted installation leaves has no version, whatever the annotation says.
+        found: str | None = metadata.version(peer)
+        if found:
+            return found
+    return str(getattr(import_module(peer), "__version__", "0"))

@@ -94,6 +94,7 @@ class Sampler(LogitsProcessor):
         draws: the `SampleOutput` of each token, in order. Rows that have ended go on being drawn: mask them.
 
     Raises:
+        TypeError: an argument that there is none of, seeds that are no integers, a mask that is no ``[B, P]`` tensor.
         ValueError: when drawing: a knob out of range, seeds or mask of another batch, a second call of ``generate``,
             logits that are NaN or +inf, or nothing left to draw from. The last two wait for the device at every token.
     """
@@ -109,8 +110,14 @@ class Sampler(LogitsProcessor):
         unknown = knobs.keys() - KNOBS
         if unknown:
             raise TypeError(f"Sampler: no such argument: {', '.join(sorted(unknown))}; it has {', '.join(KNOBS)}")
-        self.knobs, self.seeds = knobs, None if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
-        self.prompt_mask, self.count_prompt = prompt_mask, count_prompt
+        self.knobs, self.seeds, self.prompt_mask, self.count_prompt = knobs, None, prompt_mask, count_prompt
+        if seeds is not None:
+            given = None if isinstance(seeds, str) else torch.as_tensor(seeds)
+            if given is None or given.is_floating_point() or given.dtype == torch.bool:
+                raise TypeError(f"Sampler: seeds must be integers, got {seeds!r}")
+            self.seeds = given.to(torch.int64)
+        if prompt_mask is not None and not (isinstance(prompt_mask, Tensor) and prompt_mask.dim() == 2):
+            raise TypeError("Sampler: prompt_mask must be a [B, P] tensor, the attention_mask of the prompts")
         self.counts: Tensor | None = None
         self.shape: tuple[int, int] | None = None
         self.draws: list[SampleOutput] = []

@@ -147,6 +147,17 @@ def test_an_unknown_version(toy, monkeypatch, since, until):
     refused(RuntimeError, f"toy 1.4.2 is not known: patch takes {since} <= version < {until}")
 
 
+def test_a_stand_in_and_an_installation_without_a_version_are_not_known(toy, monkeypatch):
+    sentence = "toy 0 is not known: patch takes 1.4 <= version < 2"
+    monkeypatch.setattr(patching.metadata, "version", lambda peer: None)
+    monkeypatch.delattr(sys.modules["toy"], "__version__", raising=False)
+    refused(RuntimeError, sentence, lambda: rf.patch("toy"))
+    stand_in = ModuleType("toy")  # without a __spec__
+    stand_in.maths, stand_in.loop = sys.modules["toy.maths"], sys.modules["toy.loop"]
+    monkeypatch.setitem(sys.modules, "toy", stand_in)
+    refused(RuntimeError, sentence, lambda: rf.patch("toy"))
+
+
 def test_a_function_that_has_changed_or_gone(toy, monkeypatch):
     known(monkeypatch, *REPLACEMENTS, forward={"signatures": ("self, x, y",)})
     refused(

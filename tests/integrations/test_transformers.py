@@ -332,6 +332,12 @@ def test_what_the_sampler_cannot_do_is_named(model):
     write(model, batch, sampler, tokens=3)
     with pytest.raises(ValueError, match="serves one call of generate"):
         write(model, batch, sampler)
+    for seeds in ([1.5, 2.5], "12", torch.tensor([True, False])):
+        with pytest.raises(TypeError, match="seeds must be integers, got"):
+            Sampler(seeds=seeds)
+    for mask in ([[1, 1, 1]], torch.ones(3)):
+        with pytest.raises(TypeError, match=r"prompt_mask must be a \[B, P\] tensor"):
+            Sampler(prompt_mask=mask)
     with pytest.raises(TypeError, match="no such argument: top_x; it has temperature, top_k"):
         Sampler(top_x=1)
     with pytest.raises(ValueError, match=r"seeds must be \[2\], one per row, got \[3\]"):
