@@ -1,10 +1,14 @@
-"""What the tests of the integrations share: whether a peer is here, and how results and gradients are compared."""
+"""What the tests of the integrations share: whether a peer is here, and which, and how results are compared."""
 
 import importlib.abc
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from importlib.metadata import distributions
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +21,28 @@ def needs(peer: str) -> None:
     if find_spec(peer) is None:
         reason = f"{peer} is not installed: make test installs it, with the extra test-peers and constraints.txt"
         pytest.skip(reason, allow_module_level=True)
+
+
+def passes_with(folder: Path, peer: str, files: list[str], *options: str) -> tuple[str, str]:
+    """Run files beside this one's integrations in a process that finds the peer in ``folder`` first; they have to pass.
+
+    Returns its version, as that process saw it, and pytest's last line.
+    """
+    here = Path(__file__).parent
+    command = f"import sys, pytest, {peer}; print({peer}.__version__); sys.exit(pytest.main(sys.argv[1:]))"
+    options = ("-q", "-x", "-p", "no:cacheprovider", *options)
+    done = subprocess.run(
+        [sys.executable, "-c", command, *options, *(str(here / "integrations" / name) for name in files)],
+        env=os.environ | {"PYTHONPATH": str(folder), "ACCELERATE_USE_CPU": "true"},
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    seen, *_, last = done.stdout.splitlines()
+    (installed,) = (d.version for d in distributions(path=[str(folder)]) if d.name == peer)
+    assert seen == installed
+    return seen, last
 
 
 def agree(ours: Callable, theirs: Callable, *inputs: torch.Tensor, tolerance: float = 1e-6, slope: float = 1.0) -> None:
