@@ -71,7 +71,7 @@ struct Pair {
     const A weight = exponential(shift);
     cross = weight == A(0) ? A(0) : (cross + policy.total * (shift - ref_shift)) * weight;
     policy.lift(to);
-    ref_total *= exponential(ref_shift);
+    ref_total = product(ref_total, exponential(ref_shift));
     ref_top = ref_to;
   }
   __device__ void merge(Pair other) {

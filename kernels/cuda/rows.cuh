@@ -170,7 +170,7 @@ struct Softmax {
     // Never as far down as a token masked by the lowest float: infinite times a weight of 0.
     const A shift = total == A(0) || top == to ? A(0) : max(top - to, A(-1000)), weight = exponential(shift);
     dot = (dot + total * shift) * weight;
-    total *= weight;
+    total = product(total, weight);  // `kl` lifts two totals, whose bits are the same where the models are
     top = to;
   }
   __device__ void merge(Softmax other) {
