@@ -116,6 +116,17 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None: ...
 
 
+def stand_in(modules: dict[str, dict[str, Any]]) -> None:
+    """Make modules of these names and contents what ``import`` finds from here on, each after the one that holds it."""
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(content, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
+        sys.modules[name] = module
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+
+
 def import_with_stubs(names: list[str], *packages: str) -> None:
     """Import modules of a peer as if ``packages``, its heavy dependencies, were there; afterwards they are not."""
     finder, before = Stubs(*packages), set(sys.modules)

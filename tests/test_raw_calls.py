@@ -24,7 +24,7 @@ KNOBS = [torch.full((B,), x, dtype=torch.float64) for x in (0.9, 0.9, 0.01, 1.1,
 PER_TOKEN = [torch.zeros(B, V, dtype=torch.int32), numbers(B, V), torch.ones(B, V, dtype=torch.bool)]
 LOSS = [0.2, 0.2, 0.2, 0.1, 0.01, 0.05, "k3", None, 20.0, "token_mean"]
 
-#: Op → arguments, those of them that may be absent, shapes and dtypes of its outputs.
+#: Op → arguments, those of them that may be absent, its outputs: shapes of float32, or dtypes of a number per row.
 CALLS = {
     "gae": ([numbers(B, T), numbers(B, T), MASK, numbers(B), None, 1.0, 0.95, "skip"], {3}, [(B, T)] * 2),
     "gae packed": (
@@ -60,7 +60,7 @@ CALLS = {
     "sample": (
         [numbers(B, V), IDS, IDS, KNOBS[0], torch.tensor([5, 5, 5]), *KNOBS[1:], *PER_TOKEN],
         set(range(3, 13)),
-        [(B, torch.int64), *[(B, torch.float32)] * 4, (B, torch.int64), (B, torch.int8)],
+        [torch.int64, *[torch.float32] * 4, torch.int64, torch.int8],
     ),
 }  # fmt: skip
 
@@ -75,14 +75,11 @@ def call(name, arguments):
 
 def outputs(shapes):
     """Each in a room of its own, for a call that is not refused may write past its end."""
-    return [
-        torch.zeros(4096, dtype=s[1])[: s[0]] if isinstance(s[-1:][0] if s else 0, torch.dtype) else room(s)
-        for s in shapes
-    ]
+    return [room((B,), s) if isinstance(s, torch.dtype) else room(s) for s in shapes]
 
 
-def room(shape):
-    return torch.zeros(4096)[: max(1, torch.Size(shape).numel())].view(shape)
+def room(shape, dtype=torch.float32):
+    return torch.zeros(4096, dtype=dtype)[: torch.Size(shape).numel()].view(shape)
 
 
 def spoiled(x):

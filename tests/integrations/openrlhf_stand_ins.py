@@ -7,10 +7,8 @@ is sent. W&B keeps the figures that it is told.
 import asyncio
 import copy
 import random
-import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY, MagicMock
 
@@ -136,17 +134,6 @@ def modules() -> dict[str, dict[str, Any]]:
         "vllm.distributed.device_communicators.pynccl": {"PyNcclCommunicator": Communicator},
         "wandb": {"log": log} | dict.fromkeys(("api", "init", "define_metric", "finish", "Table"), anything),
     }  # fmt: skip
-
-
-def install() -> None:
-    """Put the stand-ins in their places, for the rest of this process."""
-    for name, content in modules().items():
-        module = ModuleType(name)
-        module.__dict__.update(content, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
-        sys.modules[name] = module
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
 
 
 def without_cuda() -> None:

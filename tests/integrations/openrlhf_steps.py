@@ -24,13 +24,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import deepspeed  # noqa: E402
 import openrlhf_stand_ins as stand_ins  # noqa: E402
 import torch  # noqa: E402
-from peers import import_with_stubs  # noqa: E402
+from peers import import_with_stubs, stand_in  # noqa: E402
 from tiny import WORDS, tiny_llama, tiny_tokenizer  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 import rlhf_fast as rf  # noqa: E402
 
-stand_ins.install()
+stand_in(stand_ins.modules())
 MODULES = [
     "openrlhf.trainer.ppo_trainer", "openrlhf.trainer.ray.ppo_actor", "openrlhf.trainer.ray.ppo_critic",
     "openrlhf.trainer.sft_trainer", "openrlhf.trainer.dpo_trainer",

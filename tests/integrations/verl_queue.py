@@ -1,15 +1,13 @@
 """A TransferQueue of one process, for verl's trainers: rows by key, which workers and trainer put and get.
 
 Like the real one it gives back what is in all the rows that are asked for: numbers stacked, other tensors nested, and
-anything else as it is. `install` puts it where ``import transfer_queue`` finds it.
+anything else as it is.
 """
 
 import copy
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -131,11 +129,7 @@ class Client:
         return metadata
 
 
-def install() -> None:
-    """Make it what ``import transfer_queue`` finds from here on."""
-    module = ModuleType("transfer_queue")
+def modules() -> dict[str, dict[str, Any]]:
     functions = kv_batch_put, kv_batch_get, kv_list, kv_clear, async_kv_batch_put, async_kv_put
-    for member in (KVBatchMeta, BatchMeta, *functions):
-        setattr(module, member.__name__, member)
-    module.init, module.close, module.get_client = lambda *_: None, PARTITIONS.clear, Client
-    sys.modules["transfer_queue"] = module
+    members = {member.__name__: member for member in (KVBatchMeta, BatchMeta, *functions)}
+    return {"transfer_queue": members | {"init": lambda *_: None, "close": PARTITIONS.clear, "get_client": Client}}

@@ -1,16 +1,15 @@
 """A Ray of one process, for verl's trainers: an actor is an object with a thread, and a call waits for its result.
 
 What the trainers do with actors, their groups and their results is their own code; only where the actors live is not
-Ray's. `install` puts it where ``import ray`` finds it.
+Ray's.
 """
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from inspect import isawaitable, isclass
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -156,16 +155,3 @@ def modules() -> dict[str, dict[str, Any]]:
         "ray._private.runtime_env.constants": {"RAY_JOB_CONFIG_JSON_ENV_VAR": "RAY_JOB_CONFIG_JSON_ENV_VAR"},
         "ray._private.state": {"available_resources_per_node": lambda: {node: {"GPU": 1}}, "state": state},
     }
-
-
-def install() -> None:
-    """Make it what ``import ray`` finds from here on."""
-    for name, members in modules().items():
-        module = ModuleType(name)
-        module.__path__ = []
-        sys.modules[name] = module
-        for member, value in members.items():
-            setattr(module, member, value)
-        parent, _, own = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], own, module)

@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 torch.set_num_threads(1)
 
+import peers  # noqa: E402
 import verl_queue  # noqa: E402
 import verl_ray  # noqa: E402
-from peers import Stubs  # noqa: E402
 from tiny import tiny_llama, tiny_tokenizer  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: E402
@@ -33,9 +33,8 @@ NAMES = random.Random()
 
 def stand_in() -> None:
     """For what verl asks of the machine. Before verl is imported."""
-    verl_ray.install()
-    verl_queue.install()
-    sys.meta_path.append(Stubs("aiohttp", "uvicorn", "fastapi"))  # servers; nobody starts one
+    peers.stand_in(verl_ray.modules() | verl_queue.modules())
+    sys.meta_path.append(peers.Stubs("aiohttp", "uvicorn", "fastapi"))  # servers; nobody starts one
     sys.modules["trl"] = None  # verl 0.9.1 asks an installed TRL for what newer ones lack
     modeling_qwen2_vl.Qwen2VLCausalLMOutputWithPast = dict  # nor have newer transformers this; it is for images
     # The newer trainer gives rows random names, and verl_queue.py lists them in their order.
